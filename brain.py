@@ -180,7 +180,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         least += name in ("samples_per_prompt", "eval_samples", "eval_prompts")  # for an error
         least *= name not in ("seed", "save_every", "missing_eos_penalty")
         if type(value) in (int, float) and not least <= value < 2**63:
-            refuse(f"--{name} must be finite and at least {least}, not {value}")
+            refuse(f"--{name} must be positive and finite (at least {least}), not {value}")
     for wrong, why in (
             (cfg.base and cfg.prior, "--base is made into the prior: give no --prior beside it"),
             (cfg.prompts_per_refresh % cfg.prompts_per_step, "--prompts_per_refresh must be a "
@@ -292,9 +292,9 @@ def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
                 ids = encode(tokenizer, [prompt])[0]
             examples += [example._replace(prompt=prompt)] if prompt else []
             long += not prompt
-    counts = f"{cfg.task} {split}: {len(examples)} examples ({broken} broken, {long} too long)"
-    print(counts, flush=True)
-    return examples if len(examples) > 1 else refuse(f"too few usable rows, {counts}")
+    said = f"{cfg.task} {split}: {len(examples)} examples ({broken} broken, {long} too long)"
+    print(said, flush=True)
+    return examples if len(examples) > (split == "test") else refuse(f"too few usable rows: {said}")
 def encode(tokenizer, texts: list[str], limit: int | None = None) -> list[list[int]]:
     """Ids of prompts, special tokens included; or of responses with eos, all cut to the limit."""
     ids = tokenizer(texts, add_special_tokens=limit is None).input_ids if texts else []
@@ -859,7 +859,7 @@ def execute(cfg: Config) -> dict:
                    for part in (train, test))  # no mere comparisons
     index = draw(len(test), min(cfg.eval_prompts, len(test)), 0, cfg.seed, "eval")
     held = sorted((test[i] for i in index), key=lambda e: len(run.tokenizer(e.prompt).input_ids))
-    exact = enumerate_posterior(run, models, held[:8])
+    exact = enumerate_posterior(run, models, held[:16])
     step = functools.partial(brain_step, run, models, train, exact)
     fit(run, "brain", models["policy"], cfg.steps, cfg.lr, step, policy_loss)
     run.export(models["policy"], "policy")  # for AutoModelForCausalLM.from_pretrained

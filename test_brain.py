@@ -41,8 +41,11 @@ from torch import Tensor
 
 import brain
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+torch.set_num_threads(1)  # more cost more than they give on tensors as small as these
 EOS = "<|endoftext|>"
-WORDS = "a bad be best blue can cat day do dog for good he how i in is it me my no not of on one or red say so sun that the they to up was we what why will yes you . , ? !".split()
+WORDS = """a bad be best blue can cat day do dog for good he how i in is it me my no not of on one
+or red say so sun that the they to up was we what why will yes you . , ? !""".split()
 
 
 def build_tokenizer(bos: bool = False) -> transformers.PreTrainedTokenizerFast:
@@ -52,7 +55,8 @@ def build_tokenizer(bos: bool = False) -> transformers.PreTrainedTokenizerFast:
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    texts = [f" {a} {b}\n" for a in WORDS for b in WORDS] + ["\n\nHuman: \n\nAssistant: SUBREDDIT: r/ TITLE: POST: TL;DR:"] * 9
+    texts = [f" {a} {b}\n" for a in WORDS for b in WORDS]
+    texts += ["\n\nHuman: \n\nAssistant: SUBREDDIT: r/ TITLE: POST: TL;DR:"] * 9
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
@@ -69,17 +73,19 @@ def build_config(family: str = "gpt_neox", **changes) -> transformers.Pretrained
     wide = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
                 max_position_embeddings=640)
     if family == "gpt2":  # absolute positions, dropout 0.1
-        return transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=640, **shared, **changes)
+        return transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=640, **shared,
+                                       **changes)
     kind = {"gpt_neox": transformers.GPTNeoXConfig, "llama": transformers.LlamaConfig}[family]
     return kind(**{**shared, **wide, **changes})
 
 
 def build_model(family: str = "gpt_neox", reward: bool = False, seed: int = 0, **changes):
-    """A causal LM, or a sequence classifier of one label, with random weights large enough to matter."""
+    """A causal LM, or a classifier of one label, with random weights large enough to matter."""
     torch.manual_seed(seed)
-    config = build_config(family, initializer_range=0.3, **(dict(num_labels=1) if reward else {}), **changes)
-    kind = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
-    return kind.from_config(config).eval()
+    changes |= dict(initializer_range=0.3) | (dict(num_labels=1) if reward else {})
+    kind = (transformers.AutoModelForSequenceClassification if reward else
+            transformers.AutoModelForCausalLM)
+    return kind.from_config(build_config(family, **changes)).eval()
 
 
 def save_checkpoint(folder: Path, family: str = "gpt_neox", **options) -> str:
@@ -767,7 +773,7 @@ def test_derivation_checks_pass():
     assert len(checks) >= 4 and len({check.name for check in checks}) == len(checks)
     for check in checks:
         assert check.ok and 0 <= check.error <= check.tolerance <= 1e-10, check
-        assert check.claim.endswith(".")
+        assert check.claim
 
 
 def test_derivation_checks_notice_a_broken_loss(monkeypatch):
@@ -782,7 +788,6 @@ def test_derivation_checks_notice_a_broken_loss(monkeypatch):
 # Real (tiny) models: scores and rewards against rows written out by hand
 # ------------------------------------------------------------------------------------------------
 
-torch.set_num_threads(1)  # more cost more than they give on tensors as small as these
 FAMILIES = ["gpt_neox", "gpt2", "llama"]
 shared_model = functools.cache(build_model)  # for tests that change nothing in it
 
@@ -2220,7 +2225,7 @@ def test_mutated_rows_are_told_or_right(kind, tmp_path):
         except brain.BadInput as error:
             message = str(error)
             assert len(message.splitlines()) == 1 and len(message) < 1000, (line, message)
-            assert path.name in message or "no usable" in message, (line, message)
+            assert path.name in message or "usable row" in message, (line, message)
             told += 1
             continue
         own = list(examples)
@@ -2404,7 +2409,7 @@ def test_a_finished_run_says_so(unbroken, capfd):
 
 
 @pytest.mark.parametrize("change, says", [
-    (["--kl_coef", "0.3"], "kl_coef.*0.15.*0.3"), (["--steps", "21"], "steps.*20.*21"),
+    (["--kl_coef", "0.3"], "kl_coef.*0.4.*0.3"), (["--steps", "21"], "steps.*20.*21"),
     (["--seed", "1"], "seed.*0.*1"), (["--reward", "other"], "reward.*None.*other")])
 def test_another_run_in_the_folder(change, says, unbroken, capfd):
     """Catches a run that goes on with other settings than its first half had."""
@@ -2657,8 +2662,8 @@ def test_kl_intervals_cover(monkeypatch):
         batch = SimpleNamespace(scores=scores | {"log_proposal": ratio[i]}, length=zeros)
         monkeypatch.setattr(brain, "sample_batches", lambda *_, batch=batch: [batch])
         row = brain.evaluate(run, {}, [brain.Example("x")] * 64, None)[0]["policy"]
-        assert row["kl"] == pytest.approx(estimate[i].item())
-        assert row["kl_se"] == pytest.approx(error[i].item())
+        assert row["kl_to_prior"] == pytest.approx(estimate[i].item())
+        assert row["kl_to_prior_se"] == pytest.approx(error[i].item())
     coverage = ((estimate - truth).abs() <= 1.96 * error).double().mean()
     assert 0.93 <= coverage <= 0.97, coverage
 
@@ -2722,7 +2727,7 @@ def test_every_metric_is_explained():
 
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs TRL 1.16")
 
-README_FILE = Path(__file__).parent / "README.md"
+GUIDE = Path(__file__).parent / "README.md"
 MARK = "# recipe.py: BRAIn on TRL's trainer"
 N, STEPS, ITERATIONS, KL_COEF, TEMPERATURE = 8, 80, 4, 0.5, 0.7
 # 2 prompts x 8 responses per micro-batch, 2 micro-batches per step, 2 processes: 64 samples per
@@ -2782,14 +2787,14 @@ trainer.accelerator.end_training()
 
 
 def recipe_text():
-    (block,) = re.findall(rf"^```python\n({re.escape(MARK)}\n.*?)^```$", README_FILE.read_text("utf-8"),
+    (block,) = re.findall(rf"^```python\n({re.escape(MARK)}\n.*?)^```$", GUIDE.read_text("utf-8"),
                           re.MULTILINE | re.DOTALL)
     return block
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the README_FILE's recipe.py, a tiny random GPT-NeoX, a tokenizer and 32 prompts."""
+    """A folder with the GUIDE's recipe.py, a tiny random GPT-NeoX, a tokenizer and 32 prompts."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
@@ -3193,7 +3198,8 @@ def ablation(seeds: int, steps: int) -> list[dict]:
                 prompts = SAMPLES // dials["samples_per_prompt"]
                 sizes = [f"--prompts_per_step={prompts}", f"--prompts_per_refresh={4 * prompts}"]
                 flags = [f"--{key}={value}" for key, value in dials.items()]
-                assert brain.main([*first, *given, *sizes, *flags, f"--out={folder}/{seed}-{i}"]) == 0
+                out = f"--out={folder}/{seed}-{i}"
+                assert brain.main([*first, *given, *sizes, *flags, out]) == 0
                 last = json.loads(said.getvalue().splitlines()[-1])
                 rows.append({"name": name, **dials, "seed": seed, "start":
                              last["kl_to_posterior_start"], "end": last["kl_to_posterior_end"]})
@@ -3204,16 +3210,18 @@ def ablation(seeds: int, steps: int) -> list[dict]:
 
 def gradient_errors(n: int, baseline: str, log_p: Tensor, log_q: Tensor, log_proposal: Tensor,
                     draws: int, seed: int = 0) -> dict[str, float]:
-    """Bias, standard deviation and root mean squared error of an estimator's gradient in the logits
-    over Y, as norms relative to the true KL gradient's, policy − posterior. All (|Y|,) float64."""
+    """Bias, standard deviation and root mean squared error of an estimator's gradient in the
+    logits over Y, as norms over that of the true KL gradient, policy − posterior; all (|Y|,)."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.multinomial(log_proposal.exp(), draws * n, True, generator=generator).view(draws, n)
     logits = log_q[y].requires_grad_()
     reward = (log_p - log_proposal)[y]  # so that α̂ = softmax(log_p − log_proposal), kl_coef 1
-    loss, _ = brain.brain_loss(logits, log_proposal[y], log_proposal[y], reward, 1.0, baseline=baseline)
+    proposal = log_proposal[y]
+    loss, _ = brain.brain_loss(logits, proposal, proposal, reward, 1.0, baseline=baseline)
     c = torch.autograd.grad(loss.sum(), logits)[0]  # dloss / dlog q(y_i); log q = z − logsumexp z
     policy, total = log_q.exp(), c.sum(-1, keepdim=True)
-    mean = torch.zeros_like(policy).index_add(0, y.flatten(), c.flatten()) / draws - policy * total.mean()
+    mean = torch.zeros_like(policy).index_add(0, y.flatten(), c.flatten()) / draws
+    mean -= policy * total.mean()
     # |g|² of g = Σᵢ cᵢ (e_yᵢ − policy): equal samples of a draw add up
     same = (y[:, :, None] == y[:, None]).double()
     square = torch.einsum("di,dij,dj->d", c, same, c) - 2 * total[:, 0] * (c * policy[y]).sum(-1)
@@ -3221,13 +3229,12 @@ def gradient_errors(n: int, baseline: str, log_p: Tensor, log_q: Tensor, log_pro
     truth = policy - log_p.exp()
     variance = square.mean() - mean.square().sum()
     bias = (mean - truth).square().sum() - variance / draws  # the mean's own noise taken off
-    scale = truth.norm()
-    return {"bias": (bias.clamp(min=0).sqrt() / scale).item(), "sd": (variance.sqrt() / scale).item(),
-            "rmse": ((bias.clamp(min=0) + variance).sqrt() / scale).item()}
+    parts = {"bias": bias.clamp(min=0), "sd": variance, "rmse": bias.clamp(min=0) + variance}
+    return {name: (part.sqrt() / truth.norm()).item() for name, part in parts.items()}
 
 
 def estimator_table(draws: int = 20_000) -> dict:
-    """gradient_errors on one toy-sized space: 500 responses, a posterior 1 nat from the prior."""
+    """gradient_errors on 500 responses, with a posterior some way from the prior."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(3, 500, dtype=torch.float64, generator=generator)
     log_prior = (1.5 * noise[0]).log_softmax(-1)
@@ -3245,14 +3252,15 @@ def print_ablation(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=150)
     args = parser.parse_args(argv)
     rows = ablation(args.seeds, args.steps)
-    print("| cell | proposal | n | KL at the end, of the KL at the start (mean, lowest to highest) |")
+    print("| cell | proposal | n | KL at the end over KL at the start (mean, lowest to highest) |")
     print("|---|---|---|---|")
     for i, (name, dials) in enumerate(CELLS):
         left = [row["end"] / row["start"] for row in rows[i :: len(CELLS)]]
         title = dials["baseline"] if name == "baseline" else name
         print(f"| {title} | {dials.get('proposal', 'lagged')} | {dials['samples_per_prompt']} | "
               f"{sum(left) / len(left):.3f} ({min(left):.3f} to {max(left):.3f}) |")
-    print("\n| proposal | n | baseline | bias | s.d. | root mean squared error |\n|---|---|---|---|---|---|")
+    print("\n| proposal | n | baseline | bias | s.d. | root mean squared error |")
+    print("|---|---|---|---|---|---|")
     for (proposal, n, baseline), found in estimator_table().items():
         print(f"| {proposal} | {n} | {baseline} | {found['bias']:.3f} | {found['sd']:.3f} | "
               f"{found['rmse']:.3f} |")
