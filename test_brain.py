@@ -3191,9 +3191,9 @@ def ablation(seeds: int, steps: int) -> list[dict]:
             first = [f"--seed={seed}", f"--steps={steps}", "--eval_prompts=64"]
             given = [f"--prior={folder}/{seed}/prior", f"--reward={folder}/{seed}/reward"]
             assert brain.main([*first, "--steps=4", f"--out={folder}/{seed}"]) == 0
-            shared.clear()  # one enumeration a seed
-            brain.enumerate_posterior = lambda *args: shared.setdefault(
-                "exact", shared.get("exact") or enumerate_posterior(*args))
+            shared.clear()  # one enumeration a seed, of four prompts
+            brain.enumerate_posterior = lambda run, models, held: shared.get("exact") or (
+                shared.setdefault("exact", enumerate_posterior(run, models, held[:4])))
             for i, (name, dials) in enumerate(CELLS):
                 prompts = SAMPLES // dials["samples_per_prompt"]
                 sizes = [f"--prompts_per_step={prompts}", f"--prompts_per_refresh={4 * prompts}"]
@@ -3249,7 +3249,7 @@ def print_ablation(argv: list[str]) -> None:
     """Both tables of the ablation; the last line is a JSON object with every run."""
     parser = argparse.ArgumentParser(prog="test_brain.py ablation")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args(argv)
     rows = ablation(args.seeds, args.steps)
     print("| cell | proposal | n | KL at the end over KL at the start (mean, lowest to highest) |")
