@@ -1880,6 +1880,17 @@ def test_run_on_tldr_from_a_base_model(tldr_dir, checkpoints, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     assert len(training) == 16
     assert all("TITLE: My dog" in tokenizer.decode(x) for x in training)
+    assert run.result()["win_rate_vs_reference"] is not None  # posts alone are evaluated
+
+
+def test_run_on_comparisons_without_references(tmp_path):
+    """Catches prompts that are lost to stage 3 because their rows are comparisons alone."""
+    rows = [{"prompt": f"{word} cat", "chosen": " yes .", "rejected": " no"} for word in WORDS[:12]]
+    for split in ("train", "test"):
+        write_lines(tmp_path / f"{split}.jsonl", rows)
+    run = launch(tmp_path / "run", task="jsonl", data_dir=tmp_path, reward_batch=6,
+                 prior=save_checkpoint(tmp_path / "prior"))
+    assert run.result()["win_rate_vs_reference"] is None and len(run.metrics("brain")) == 4
 
 
 @pytest.mark.parametrize("task", ["hh", "tldr"])
