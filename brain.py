@@ -27,7 +27,7 @@ Departures from the paper: (1) its hyper-parameters could not be reached, the de
 
 import contextlib, copy, functools, gzip, inspect, itertools, json  # noqa: E401, I001
 import math, os, pickle, random, re, shutil, sys, time, zlib  # noqa: E401
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, namedtuple
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -36,7 +36,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import errors, file_download, logging
+from huggingface_hub import errors, file_download, utils
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
@@ -103,8 +103,7 @@ def log_alpha_hat(log_prior, log_proposal, reward, kl_coef: float, target: str) 
     if target == "posterior":  # p(y|x, G=1) ∝ p(y|x)·exp(r/kl_coef), over q′; Z(x) cancels
         return (log_prior + reward / kl_coef - log_proposal).log_softmax(-1)
     if target == "argmax":  # kl_coef → 0: all weight on the highest reward, shared among ties
-        best = (reward == reward.amax(-1, keepdim=True)).to(reward.dtype)
-        return (best / best.sum(-1, keepdim=True)).log()
+        return (reward == reward.amax(-1, keepdim=True)).to(reward).log().log_softmax(-1)
     raise ValueError(f"target must be posterior or argmax, not {target!r}")
 def snis_weights(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, reward: Tensor,
                  kl_coef: float, target: str = "posterior") -> Weights:
@@ -124,21 +123,18 @@ def brain_loss(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, rewa
     "reverse" is KL(β̂ ‖ α̂), the policy-gradient side. Inputs and errors are those of
     snis_weights; an unknown dial, or reverse with another dial turned, is a ValueError too."""
     log_prior, log_proposal, reward = log_prior.detach(), log_proposal.detach(), reward.detach()
-    weights = snis_weights(log_policy, log_prior, log_proposal, reward, kl_coef, target)
-    alpha, beta = weights.alpha_hat, weights.beta_hat
+    alpha, beta = snis_weights(log_policy, log_prior, log_proposal, reward, kl_coef, target)
     rho, n = log_policy - log_proposal, reward.shape[-1]  # (B, n) ρ = log q_θ − log q′
     normaliser = {"none": torch.zeros_like(rho[..., 0]),  # A(ρ): DPG's,
                   "unnormalized": rho.exp().mean(-1) - 1,  # GDC++'s, and
-                  "self_normalized": rho.logsumexp(-1) - math.log(n)}.get(baseline)  # BRAIn's
-    if normaliser is None:
-        raise ValueError(f"baseline: none, unnormalized or self_normalized, not {baseline!r}")
-    if divergence == "forward":  # with 0·log 0 = 0
-        loss = (torch.xlogy(alpha, n * alpha) - alpha * rho).sum(-1) + normaliser
+                  "self_normalized": rho.logsumexp(-1) - math.log(n)}  # BRAIn's, (B,) each
+    if divergence == "forward" and baseline in normaliser:  # with 0·log 0 = 0
+        loss = (torch.xlogy(alpha, n * alpha) - alpha * rho).sum(-1) + normaliser[baseline]
     elif divergence == "reverse" and (target, baseline) == BRAIN:
         log_alpha = log_alpha_hat(log_prior, log_proposal, reward, kl_coef, target)  # (B, n)
         loss = (beta * (rho.log_softmax(-1) - log_alpha)).sum(-1)  # (B,)
     else:
-        raise ValueError(f"divergence {divergence!r} cannot be had with {target!r}, {baseline!r}")
+        raise ValueError(f"no loss has {target=}, {baseline=}, {divergence=}")
     return loss, Weights(alpha, beta.detach())
 def bradley_terry_loss(reward_chosen: Tensor, reward_rejected: Tensor) -> Tensor:
     """−log P(chosen ≻ rejected) = −log σ(Δr) per pair (B,): P(y₁ ≻ y₂) = g₁/(g₁+g₂), g = exp(r)."""
@@ -148,10 +144,12 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     return 1 / weights.square().sum(-1)
 
 # ---- Command line, and errors told in one line --------------------------------------------------
-class BadInput(ValueError):
+class BadInput(Exception):
     """A user's mistake: exit status 2."""
-class Halt(RuntimeError):
+class Halt(Exception):
     """A guard stopped the run, whose last state is kept: exit status 1."""
+def bar(items, what: str, **options) -> tqdm:  # of progress; quiet where nobody looks
+    return tqdm(items, what, disable=not sys.stdout.isatty(), **options)
 def refuse(message: str):  # also in place of argparse's usage text and SystemExit
     raise BadInput(message)
 ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError,
@@ -160,8 +158,6 @@ ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeEr
 def telling(what: str, kind=BadInput):  # one line for what files, checkpoints and disks do wrong
     try:
         yield
-    except (BadInput, Halt):
-        raise
     except ERRORS as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise kind(f"{what}: {reason}") from error
@@ -280,18 +276,13 @@ def task_rows(cfg: Config, split: str):  # yields a split's Examples; None for i
 def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
     """The examples of a split ("train" or "test"), their prompts within max_prompt_tokens.
     Others are cut (tldr) or skipped, as are rows that the data set itself has broken; BadInput."""
-    examples, broken, long, rows = [], 0, 0, task_rows(cfg, split)
-    chunks = iter(lambda: list(itertools.islice(rows, 1000)), [])  # encoded together, on all cores
-    for chunk in tqdm(chunks, f"reading {split}", unit="k rows", disable=None):
-        whole = [example for example in chunk if example]
-        broken += len(chunk) - len(whole)
-        for example, ids in zip(whole, encode(tokenizer, [e.prompt for e in whole]), strict=True):
-            prompt = example.prompt
-            while prompt and len(ids) > cfg.max_prompt_tokens:
-                prompt = shorten(prompt) if cfg.task == "tldr" else ""
-                ids = encode(tokenizer, [prompt])[0]
-            examples += [example._replace(prompt=prompt)] if prompt else []
-            long += not prompt
+    examples, broken, long = [], 0, 0
+    for example in bar(task_rows(cfg, split), f"reading {split}"):
+        prompt = example.prompt if example else ""
+        while prompt and len(tokenizer(prompt).input_ids) > cfg.max_prompt_tokens:
+            prompt = shorten(prompt) if cfg.task == "tldr" else ""
+        examples += [example._replace(prompt=prompt)] if prompt else []
+        broken, long = broken + (not example), long + bool(example and not prompt)
     said = f"{cfg.task} {split}: {len(examples)} examples ({broken} broken, {long} too long)"
     print(said, flush=True)
     return examples if len(examples) > (split == "test") else refuse(f"too few usable rows: {said}")
@@ -368,9 +359,8 @@ def sequence_log_prob(model, batch: Batch, temperature: float = 1.0) -> Tensor:
     real = torch.arange(R, device=target.device) < batch.length[..., None]  # (B, n, R)
     return unfold(token.view_as(target), g, n).where(real, 0).sum(-1)
 def score_reward(reward_model, batch: Batch, tokenizer=None, reward_tokenizer=None) -> Tensor:
-    """The raw reward of each response, (B, n), fp32, read at its last token; differentiable.
-    A model with a vocabulary of its own scores decoded texts, with its own eos or as pairs: then
-    pass both tokenizers."""
+    """The raw reward of each response, (B, n), fp32, read at its last token; differentiable. Models
+    of another vocabulary read texts, with their own eos or as pairs: then pass both tokenizers."""
     shape = batch.length.shape  # (B, n)
     if reward_tokenizer:
         pairs = [(x, y) for x, ys in zip(*batch.ids, strict=True) for y in ys]  # B·n of them
@@ -472,17 +462,17 @@ class Run:
         self.dtype = torch.bfloat16 if cuda else torch.float32  # of frozen models and of compute
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, cuda)
         self.cfg, self.reward_tokenizer = replace(cfg, device=self.device.type), None
-        self.state, now = {"stage": "sft", "step": 0}, asdict(self.cfg)
+        self.state, now = {"stage": "sft", "step": 0, "kept": []}, asdict(self.cfg)
         with telling(f"{self.out} holds a run that cannot be continued; --overwrite starts afresh"):
             if (self.out / "state.pt").exists() and not cfg.overwrite:
-                self.state = torch.load(self.out / "state.pt", "cpu", weights_only=True)
-            old = self.state.get("config", now)
+                self.state |= torch.load(self.out / "state.pt", "cpu", weights_only=True)
+            old, self.kept = self.state.get("config", now), self.state.pop("kept")
             if changed := [k for k in now if k not in FREE and old.get(k) != now[k]]:
                 raise ValueError("; ".join(f"{k} was {old.get(k)}, is {now[k]}" for k in changed))
         self.where = torch.cuda.get_device_name() if cuda else "cpu"
         print("{}: {} from stage {stage}, step {step}".format(self.where, self.out, **self.state))
     def save(self, stage: str, step: int, **parts) -> None:  # state.pt is replaced in one move
-        parts |= dict(stage=stage, step=step, config=asdict(self.cfg),
+        parts |= dict(stage=stage, step=step, kept=self.kept, config=asdict(self.cfg),
                       metrics=(self.out / "metrics.jsonl").stat().st_size)
         with telling(f"{stage}, step {step}: no room for a state, the last one is kept", Halt):
             with open(self.out / "state.pt.part", "wb") as file:
@@ -540,7 +530,7 @@ def sample_batches(run: Run, models: dict, name: str, prompts: list, n: int, *ke
     the micro-batches and the autocast of 3.4: log q_θ − log q′ begins at exactly 0."""
     cfg, batches = run.cfg, []
     generators = [make_generator(cfg.seed, *key, i) for i in range(len(prompts))]  # one a prompt
-    for part in split(run, prompts, n * cfg.max_response_tokens):
+    for part in bar(split(run, prompts, n * cfg.max_response_tokens), "sampling", leave=False):
         start = time.perf_counter()  # seconds
         with run.autocast():
             responses, log_q = sample(models[name], prompts[part], n, cfg.max_response_tokens,
@@ -574,8 +564,8 @@ def policy_loss(cfg: Config, model, batch: Batch):
     loss, (alpha, beta) = brain_loss(log_policy, *known, cfg.kl_coef, target=cfg.target,
                                      baseline=cfg.baseline, divergence=cfg.divergence)
     log_ratio, rho = (log_policy.detach() - other for other in known[:2])  # to the prior, ρ
-    same = "reward", "raw_reward", "eos_share", "response_tokens"  # of the samples, not of q_θ
-    return loss, {name: batch.scores[name].mean(-1) for name in same} | {
+    judged = {k: v.mean(-1) for k, v in batch.scores.items() if k[:3] != "log"}  # the samples'
+    return loss, judged | {
         "ess_alpha": effective_sample_size(alpha), "ess_beta": effective_sample_size(beta),
         "reward_spread": known[2].std(-1) / cfg.kl_coef, "alpha_largest": alpha.amax(-1),
         "kl_to_prior": (beta * log_ratio).sum(-1),  # the policy's, whose shares β̂ are
@@ -592,17 +582,17 @@ def run_losses(run: Run, model, batches: list[Batch], loss_of, train: bool) -> d
         found.append({"loss": loss.detach(), **metrics})
     return merge(found)
 def fit(run: Run, stage: str, model, steps: int, lr: float, batches_of, loss_of) -> None:
-    """The one training loop. `batches_of(step, kept)`: micro-batches, what to keep, and metrics."""
+    """The one training loop. `batches_of(step)`: micro-batches, and metrics to write with them."""
     optimizer = torch.optim.AdamW(model.requires_grad_().parameters(), eps=1e-5, weight_decay=0)
-    start, kept, every, saved = 0, [], run.cfg.save_every, time.monotonic()
+    start, every, saved = 0, run.cfg.save_every, time.monotonic()
     if run.state["stage"] == stage and "model" in run.state:
         model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
-        start, kept = run.state["step"], run.state["kept"]
+        start = run.state["step"]
     run.state = {"stage": stage}  # its memory is free again
-    for step in tqdm(range(start, steps), stage, steps, initial=start, disable=None):
+    for step in (progress := bar(range(start, steps), stage, total=steps, initial=start)):
         run.where, run.clock = f"{stage}, step {step}", Counter()
-        batches, kept, metrics = batches_of(step, kept)
+        batches, metrics = batches_of(step)
         began, rate = time.perf_counter(), lr * (1 - step / steps)
         for name, values in run_losses(run, model, batches, loss_of, train=True).items():
             reduce = {"log_ratio_min": torch.min, "log_ratio_max": torch.max}.get(name, torch.mean)
@@ -616,15 +606,15 @@ def fit(run: Run, stage: str, model, steps: int, lr: float, batches_of, loss_of)
                     "seconds_stepping": time.perf_counter() - began,
                     "tokens_stepped": sum(batch.length.sum().item() for batch in batches),
                     "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
+        progress.set_postfix({k: v for k, v in metrics.items() if k in ("loss", "reward")})
         with open(run.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
         due = (step + 1) % every == 0 if every else time.monotonic() - saved > 600
         if due or step + 1 == steps:
-            run.save(stage, step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                     kept=kept)
+            run.save(stage, step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
             saved = time.monotonic()
     model.requires_grad_(False)
-def brain_step(run: Run, models: dict, examples: list, exact: tuple | None, step: int, kept: list):
+def brain_step(run: Run, models: dict, examples: list, exact: tuple | None, step: int) -> tuple:
     """A step of stage 3: the next prompts of the refresh, or of a new one when they are used up."""
     cfg, metrics, size = run.cfg, {}, run.cfg.prompts_per_step
     turns = cfg.prompts_per_refresh // size  # steps a refresh
@@ -635,27 +625,26 @@ def brain_step(run: Run, models: dict, examples: list, exact: tuple | None, step
         fresh = [sample_batches(run, models, name, sorted(prompts[i : i + size], key=len),
                                 cfg.samples_per_prompt, step, i)
                  for i in range(0, len(prompts), size)]  # a list of micro-batches for each step
-        kept = [[(*batch.ids, batch.scores) for batch in batches] for batches in fresh]
+        run.kept = [[(*batch.ids, batch.scores) for batch in batches] for batches in fresh]
         found = merge([batch.scores for batches in fresh for batch in batches])
         reward, ratio = found["reward"], found["log_proposal"] - found["log_prior"]  # (B, n)
         metrics = {"refresh_reward": reward.mean().item(), "refresh_kl": ratio.mean().item(),
                    "refresh_kl_sd": ratio.std().item()}  # at step 0, what rounding makes of 0
         if exact and step % max(turns, cfg.steps // 5 // turns * turns) == 0:
             log_policy = exact_log_prob(run, models["policy"], exact[0])  # (p, |Y|)
-            metrics["kl_to_posterior"] = kl(exact[3], log_policy)
+            metrics["kl_to_posterior"] = kl(exact[1]["log_proposal"], log_policy)
             tqdm.write(", ".join([run.where, *(f"{k} {v:.3f}" for k, v in metrics.items())]))
         if not found["eos_share"].any():
             tqdm.write(f"warning: {run.where}: no response ends; has the policy collapsed?")
         if step == 0 and reward.std(-1).mean() > 5 * cfg.kl_coef:
             tqdm.write("warning: rewards spread by over 5 kl_coef: posterior is nearly argmax")
     return [pack(*ids, run.device)._replace(scores={k: v.to(run.device) for k, v in known.items()})
-            for *ids, known in kept[step % turns]], kept, metrics
+            for *ids, known in run.kept[step % turns]], metrics
 
 # ---- Evaluation and report ----------------------------------------------------------------------
 def preference(a: Tensor, b: Tensor) -> Tensor:
     """The share of pairs that a wins, ties counting half, per prompt: (P, m) and (P, k) to (P,)."""
-    a, b = a[:, :, None], b[:, None]  # (P, m, 1), (P, 1, k)
-    return ((a > b).float() + (a == b).float() / 2).mean((1, 2))
+    return (1 + (a[:, :, None] - b[:, None]).sign().mean((1, 2))) / 2
 def wilson(wins: Tensor) -> tuple[float, list[float]]:
     """Win rate and Wilson's 95 % interval of shares (P,), at as many trials as have their error."""
     rate, error, z = wins.mean().item(), wins.std().item() / math.sqrt(len(wins)), 1.96
@@ -671,22 +660,22 @@ def exact_log_prob(run: Run, model, batches: list[Batch]) -> Tensor:  # of all o
     run.require((log_q.exp().sum(-1, True) - 1).abs() < 1e-4, "Y does not sum to 1", batches[0])
     return log_q
 def enumerate_posterior(run: Run, models: dict, examples: list[Example]) -> tuple | None:
-    """Where Y can be listed (toy): batches of it; reward, log prior and posterior (p, |Y|)."""
+    """Where Y can be listed (toy): batches of it, and scores (p, |Y|) as if the posterior drew."""
     R, eos = run.cfg.max_response_tokens, run.tokenizer.eos_token_id
     if len(run.tokenizer) ** R > 50_000:
         return None
     others = [i for i in range(models["prior"].config.vocab_size) if i != eos]  # all ids but eos
-    space = [[*y, eos] for k in range(R) for y in itertools.product(others, repeat=k)]
-    space += [list(y) for y in itertools.product(others, repeat=R)]  # cut at R, without eos
+    space = [[*y, eos][:R]  # those that are cut at R have no eos
+             for k in range(R + 1) for y in itertools.product(others, repeat=k)]
     prompts = encode(run.tokenizer, [example.prompt for example in examples])
     batches = [pack([prompt], [space], run.device) for prompt in prompts]
-    reward = torch.cat([judge(run, models["reward"], batch)["reward"] for batch in batches])
-    log_prior = exact_log_prob(run, models["prior"], batches)  # (p, |Y|)
-    log_posterior = log_alpha_hat(log_prior, 0, reward, run.cfg.kl_coef, "posterior")
-    return batches, reward, log_prior, log_posterior
+    known = merge([judge(run, models["reward"], batch) for batch in batches])
+    prior = known["log_prior"] = exact_log_prob(run, models["prior"], batches)
+    known["log_proposal"] = log_alpha_hat(prior, 0, known["reward"], run.cfg.kl_coef, "posterior")
+    return batches, known
 def evaluate(run: Run, models: dict, examples: list[Example], exact: tuple | None) -> tuple:
     """Stage 4: rows of figures, with errors over the (sorted) held-out prompts, and samples."""
-    prompts, rows = encode(run.tokenizer, [e.prompt for e in examples]), defaultdict(dict)
+    prompts, rows = encode(run.tokenizer, [e.prompt for e in examples]), {}
     groups = {name: sample_batches(run, models, name, prompts, run.cfg.eval_samples, "eval", name)
               for name in ("prior", "policy")}
     if all(example.reference is not None for example in examples):  # whole, with eos
@@ -703,16 +692,18 @@ def evaluate(run: Run, models: dict, examples: list[Example], exact: tuple | Non
             ratio = of["log_proposal"] - of["log_prior"]  # log q − log p of q's own samples, (P, m)
             rows[name]["kl_to_prior"] = ratio.mean().item()
             rows[name]["kl_to_prior_se"] = ratio.mean(-1).std().item() / math.sqrt(len(ratio))
+    pairs = found["policy"]["reward"][:, :, None] == found["prior"]["reward"][:, None]  # (P, m, m)
+    rows["policy"]["tie_share"] = pairs.float().mean().item()
     if exact:  # the ceiling, in expectation under the posterior, and the truth about the policy
-        batches, reward, log_prior, log_posterior = exact  # (p, |Y|)
-        ranked, order = reward.sort(-1)  # (p, |Y|)
-        cdf = F.pad(log_prior.exp().gather(-1, order).cumsum(-1), (1, 0))  # along the rewards
-        share = sum(cdf.gather(-1, torch.searchsorted(ranked, reward, right=ties)) / 2
-                    for ties in (False, True))  # of the prior's samples that each response beats
-        wins["posterior", "prior"] = (log_posterior.exp() * share).sum(-1)  # (p,)
+        batches, known = exact  # (p, |Y|)
+        log_prior, log_posterior = known["log_prior"], known["log_proposal"]
+        weight, truth = log_posterior.exp(), zip(log_prior.exp(), known["reward"], strict=True)
+        rows["posterior"] = {key: (weight * values).sum(-1).mean().item()
+                             for key, values in known.items() if key[:3] != "log"}
+        rows["posterior"]["kl_to_prior"] = kl(log_posterior, log_prior)
+        duels = torch.stack([(r[:, None] - r).sign() @ q for q, r in truth])  # (p, |Y|)
+        wins["posterior", "prior"] = (1 + (weight * duels).sum(-1)) / 2  # (p,), as `preference`
         log_policy, ratio = exact_log_prob(run, models["policy"], batches), ratio[: len(batches)]
-        rows["posterior"] = {"reward": (log_posterior.exp() * reward).sum(-1).mean().item(),
-                             "kl_to_prior": kl(log_posterior, log_prior)}
         rows["policy"] |= {
             "kl_to_posterior_start": kl(log_posterior, log_prior),  # the policy began as the prior
             "kl_to_posterior_end": kl(log_posterior, log_policy),
@@ -727,7 +718,7 @@ def report(run: Run, rows: dict, groups: dict, examples: list[Example], notes: l
     columns = ("reward", "win_rate_vs_prior", "win_rate_vs_reference", "kl_to_prior", "eos_share",
                "response_tokens")
     forms = {"": "{:.3f}", "_ci": "[{0[0]:.3f}, {0[1]:.3f}]", "_se": "± {:.3f}"}  # of a cell
-    table = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    table = [f"| | {' | '.join(columns)} |".replace("_", " "), "|---" * (1 + len(columns)) + "|"]
     for name, row in rows.items():  # prior, policy, reference, posterior
         cells = [" ".join(form.format(row[key + end]) for end, form in forms.items()
                           if key + end in row) for key in columns]
@@ -738,14 +729,17 @@ def report(run: Run, rows: dict, groups: dict, examples: list[Example], notes: l
         "", f"…{e.prompt[-120:]!r}", *(f"- {name}: {texts[name][i]!r}" for name in texts))]
     lines = map(json.loads, (run.out / "metrics.jsonl").read_text().splitlines())
     points = [(row["refresh_kl"], row["refresh_reward"]) for row in lines if "refresh_kl" in row]
-    points = points[:: math.ceil(len(points) / 12)]  # at most 12, evenly spaced
-    xs, ys = (", ".join(f"{x:.4f}" for x in axis) for axis in zip(*points, strict=True))
+    low, top = min(points)[0], max(points)[0]  # the first refresh to reach each twelfth of the KL
+    points = sorted({max(points), *(next(p for p in points if p[0] >= low + (top - low) * i / 12)
+                                    for i in range(12))})
+    xs, ys = (", ".join(f"{x:.3f}" for x in axis) for axis in zip(*points, strict=True))
     theme = '%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#d62728"}}}}%%'
     chart = ["```mermaid", theme, "xychart-beta", '    title "Reward against KL to the prior"',
-             f'    x-axis "nats" [{xs}]', '    y-axis "reward"', f"    line [{ys}]", "```"]
-    text = [f"# BRAIn on {run.cfg.task}", "", *notes, "", *table, "", *chart, *samples, ""]
+             f'    x-axis "KL, nats" [{xs}]', '    y-axis "reward"', f"    line [{ys}]", "```"]
+    text = [f"# BRAIn on {run.cfg.task}", "", *(f"- {note}" for note in notes), "", *table, "",
+            *chart, "", "## Samples, one of each model", *samples, ""]
     (run.out / "report.md").write_text("\n".join(text))
-    print("", *table, *samples, sep="\n")
+    print("", *table, *(line[: shutil.get_terminal_size().columns] for line in samples), sep="\n")
 
 # ---- Derivation checks: brain_loss and autograd on one side, the equations on the other ---------
 Check = namedtuple("Check", "name claim error tolerance ok")  # error: largest absolute difference
@@ -799,9 +793,9 @@ def fit_texts(run: Run, stage: str, model, train: list, test: list) -> dict[str,
     train, test = ([e for e in part if getattr(e, columns[0]) is not None]
                    for part in (train, test))
     if STAGES.index(run.state["stage"]) <= STAGES.index(stage):
-        fit(run, stage, model, math.ceil(epochs * len(train) / size), lr, lambda step, kept: (
+        fit(run, stage, model, math.ceil(epochs * len(train) / size), lr, lambda step: (
             text_batches(run, [train[i] for i in draw(len(train), size, step, cfg.seed, stage)],
-                         columns, limit), [], {}), loss_of)
+                         columns, limit), {}), loss_of)
         run.export(model, name)
     held_out = text_batches(run, test[: cfg.eval_prompts], columns, limit)
     return run_losses(run, model, held_out, loss_of, train=False)
@@ -825,11 +819,11 @@ def prepare(run: Run) -> tuple:
         print(f"a state (weights, two moments) takes {size:.2g} GB, {free:.3g} GB are free")
         if "config" not in run.state and free < 3 * size:  # two states and the models
             refuse(f"--out {out} needs {3 * size:.3g} GB of free space")
-        for name in () if "config" in run.state else ("state.pt", "report.md"):
-            (out / name).unlink(missing_ok=True)  # of a run that is overwritten
         (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
         with open(out / "metrics.jsonl", "a") as file:
             file.truncate(run.state.get("metrics", 0))
+    if "config" not in run.state:  # from here on, this folder is of this configuration
+        run.save("sft", 0)
     print(*(f"{name}={value}" for name, value in asdict(cfg).items()), flush=True)
     return prior, reward, train, test
 def execute(cfg: Config) -> dict:
@@ -865,10 +859,12 @@ def execute(cfg: Config) -> dict:
     run.export(models["policy"], "policy")  # for AutoModelForCausalLM.from_pretrained
     run.where, run.clock = "eval", Counter()  # stage 4
     rows, groups = evaluate(run, models, held, exact)
+    notes += [f"Evaluation: {len(held)} held-out prompts × {cfg.eval_samples} samples, judged by "
+              "training's reward model; {tie_share:.3f} of pairs tie.".format(**rows["policy"])]
     report(run, rows, groups, held, notes)
     result = dict(task=cfg.task, steps=cfg.steps, seconds=round(time.time() - began, 1),
-                  win_rate_vs_reference=None, win_rate_vs_reference_ci=None)
-    result |= {f"reward_{k}": rows[k].get("reward") for k in ("prior", "policy", "reference")}
+                  win_rate_vs_reference=None, win_rate_vs_reference_ci=None, reward_reference=None)
+    result |= {f"reward_{name}": row["reward"] for name, row in rows.items()}
     result |= {k: v for k, v in rows["policy"].items() if "reward" not in k}
     run.save("done", cfg.steps, result=result)  # a repeated command prints the result
     return result
@@ -876,8 +872,10 @@ def execute(cfg: Config) -> dict:
 def main(argv: list[str] | None = None) -> int:
     """0: done; 1: a check failed or a guard stopped the run; 2: bad input; 130: Ctrl-C."""
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.set_verbosity_error()  # the hub's
+    transformers.logging.disable_progress_bar()  # of loading weights, and all of the hub's
+    if sys.stdout.isatty():
+        utils.enable_progress_bars()  # of downloads
+    utils.logging.set_verbosity_error()
     try:
         cfg = parse_config(argv)
         if not cfg.check:
@@ -888,11 +886,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if all(check.ok for check in checks) else 1
     except SystemExit as stop:  # --help
         return stop.code
-    except (KeyboardInterrupt, torch.OutOfMemoryError, BadInput, Halt, OSError) as error:
-        status, message = {  # by its type, and else 1 and its own message
-            BadInput: (2, error), KeyboardInterrupt: (130, "stopped; the same command continues"),
-            torch.OutOfMemoryError: (1, "out of memory: repeat with a lower --micro_batch_tokens"),
-        }.get(type(error), (1, error))
+    except KeyboardInterrupt:
+        status, message = 130, "stopped; the same command continues"
+    except torch.OutOfMemoryError:
+        status, message = 1, "out of memory: repeat with a lower --micro_batch_tokens"
+    except (BadInput, Halt, OSError) as error:
+        status, message = 2 if isinstance(error, BadInput) else 1, error
     print(f"brain.py: {message}", file=sys.stderr)
     return status
 

@@ -2977,17 +2977,17 @@ def plain_sample(model, prompts, n, max_new_tokens):
 
 
 # ------------------------------------------------------------------------------------------------
-# The benchmark: `python test_brain.py --help`
+# The benchmark: `python test_brain.py bench --help`
 # ------------------------------------------------------------------------------------------------
 ROW = "{:9} {:>3} {:>7}   {:>8} {:>8}   {:>8} {:>8}   {:>5} {:>5}  {}".format
 LAYOUTS = ("packed", "plain")
 STATUS = Path("/proc/self/status")  # getrusage would inherit the parent's peak
 
 
-def parse_bench(argv=None):
+def parse_bench(argv):
     """The benchmark's flags."""
     parser = argparse.ArgumentParser(
-        prog="test_brain.py", description="brain.py's layout against one row per sample")
+        prog="test_brain.py bench", description="brain.py's layout against one row per sample")
     for flag, default, text in [
             ("hidden", 512, "width of the model"), ("layers", 6, "its depth"),
             ("heads", 8, "its attention heads"), ("vocabulary", 8192, "its vocabulary"),
@@ -2995,7 +2995,7 @@ def parse_bench(argv=None):
             ("prompts", 4, "prompts that are sampled for at a time"),
             ("micro_batch", 1, "prompts in a pass of scoring, reward and step"),
             ("repeats", 5, "measurements of each, after one to warm up; the median counts"),
-            ("threads", torch.get_num_threads(), "CPU threads")]:
+            ("threads", 2, "CPU threads")]:
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"{text} ({default})")
     parser.add_argument("--samples", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="n")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -3135,16 +3135,15 @@ def straight(line):
     return {"slope": slope, "intercept": intercept, "off_by": far}
 
 
-def benchmark(argv=None):
+def benchmark(argv):
     """Prints the tables, and one JSON object as the last line."""
     transformers.logging.set_verbosity_error()
-    argv = sys.argv[1:] if argv is None else argv
     args, memory = parse_bench(argv), []
     torch.set_num_threads(args.threads)
     if args.peak:
         return print(Bench(args).peak_memory(args.peak[0], int(args.peak[1])))
     if args.device == "cuda" or STATUS.exists():  # before this process takes any
-        command = [sys.executable, __file__, *argv, "--peak"]
+        command = [sys.executable, __file__, "bench", *argv, "--peak"]
         for n in args.samples:
             row = {layout: int(subprocess.check_output([*command, layout, str(n)]))
                    for layout in LAYOUTS}
@@ -3181,6 +3180,92 @@ def benchmark(argv=None):
     print(json.dumps({"device": bench.name, "parameters": bench.parameters, "flags": vars(args),
                       "rows": rows, "memory": memory, "step_seconds": lines, "fits": fits,
                       "log_prob_gap": log_p, "gradient_gap": gradient}))
+
+
+# ---- A whole step against TRL's: `python test_brain.py trl`, where TRL 1.16 is installed ---------
+def letter_tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
+    """A character a token, so that texts survive being joined, decoded and encoded again."""
+    vocabulary = {chr(0x4E00 + i): i for i in range(size)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=chr(0x4E00)))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    words.decoder = tokenizers.decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token=chr(0x4E00), pad_token=chr(0x4E01))
+
+
+class BothSteps(transformers.TrainerCallback):
+    """Takes a step of brain.py after each of TRL's, and times both."""
+
+    def __init__(self, args, prompts):
+        self.bench, self.prompts, self.args = Bench(args), prompts, args
+        self.bench.policy.config.eos_token_id = self.bench.prior.config.eos_token_id = 0
+        self.bench.reward_model.config.pad_token_id = 1  # TRL's; brain.py needs none
+        self.optimizer = torch.optim.AdamW(self.bench.policy.parameters(), lr=1e-6, eps=1e-5)
+        self.trl, self.brain, self.tokens = [], [], []
+
+    def step(self):
+        """Stage 3 on a refresh of one step: sample, score, weigh, step."""
+        bench, n = self.bench, self.args.samples[0]
+        with torch.no_grad():
+            responses, _ = brain.sample(bench.policy, self.prompts, n, self.args.response_tokens,
+                                        eos_id=0)
+            batch = brain.pack(self.prompts, responses)
+            reward = brain.score_reward(bench.reward_model, batch)
+            proposal, prior = (brain.sequence_log_prob(model, batch)
+                               for model in (bench.policy, bench.prior))
+        policy = brain.sequence_log_prob(bench.policy, batch)
+        brain.brain_loss(policy, prior, proposal, reward, 0.5)[0].mean().backward()
+        torch.nn.utils.clip_grad_norm_(bench.policy.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.tokens.append(batch.length.float().mean().item())
+
+    def on_step_begin(self, *_, **__):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *_, **__):
+        middle = time.perf_counter()
+        self.step()
+        self.trl.append(middle - self.began)
+        self.brain.append(time.perf_counter() - middle)
+        print(f"TRL {self.trl[-1]:.2f} s, brain.py {self.brain[-1]:.2f} s", flush=True)
+
+
+def race_trl(argv):
+    """Steps of RLOOTrainer and of brain.py in turn, on one set of random weights and prompts."""
+    import datasets
+    import trl
+    transformers.logging.set_verbosity_error()
+    args = parse_bench(argv)
+    torch.set_num_threads(args.threads)
+    tokenizer, n, B = letter_tokenizer(args.vocabulary), args.samples[0], args.prompts
+    prompts = torch.randint(2, args.vocabulary, (B, args.prompt_tokens)).tolist()
+    texts = tokenizer.batch_decode(prompts)
+    assert tokenizer(texts).input_ids == prompts
+    both = BothSteps(args, prompts)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in (("policy", both.bench.policy), ("reward", both.bench.reward_model)):
+            model.save_pretrained(f"{folder}/{name}")
+        trainer = trl.RLOOTrainer(
+            transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/policy"),
+            transformers.AutoModelForSequenceClassification.from_pretrained(f"{folder}/reward"),
+            trl.RLOOConfig(
+                output_dir=folder, per_device_train_batch_size=args.micro_batch * n,
+                gradient_accumulation_steps=B // args.micro_batch, num_generations=n,
+                max_completion_length=args.response_tokens, beta=0.5, bf16=False,
+                use_cpu=True, gradient_checkpointing=False, disable_dropout=True,
+                max_steps=1 + args.repeats, learning_rate=1e-6, report_to="none",
+                save_strategy="no", disable_tqdm=True),
+            train_dataset=datasets.Dataset.from_dict({"prompt": texts * (1 + args.repeats)}),
+            processing_class=tokenizer, reward_processing_classes=[tokenizer], callbacks=[both])
+        trainer.remove_callback(transformers.PrinterCallback)
+        assert trainer.ref_model is not None, "the prior is scored, too"
+        trainer.train()
+    median = {name: statistics.median(took[1:])  # the first is to warm up
+              for name, took in (("trl", both.trl), ("brain", both.brain))}
+    print(json.dumps({"trl_version": trl.__version__, "seconds": median,
+                      "ratio": median["trl"] / median["brain"],
+                      "mean_response_tokens": statistics.mean(both.tokens), "flags": vars(args)}))
 
 
 # ---- The ablation: `python test_brain.py ablation` (README, "The dials, measured") ---------------
@@ -3279,4 +3364,8 @@ def print_ablation(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    {"bench": benchmark, "ablation": print_ablation}[sys.argv[1]](sys.argv[2:])
+    programs = {"bench": benchmark, "trl": race_trl, "ablation": print_ablation}
+    if sys.argv[1:2] and sys.argv[1] in programs:
+        programs[sys.argv[1]](sys.argv[2:])
+    else:
+        sys.exit(f"python test_brain.py {'|'.join(programs)} [--help]; the tests: make test")
