@@ -729,10 +729,10 @@ def report(run: Run, rows: dict, groups: dict, examples: list[Example], notes: l
         "", f"…{e.prompt[-120:]!r}", *(f"- {name}: {texts[name][i]!r}" for name in texts))]
     lines = map(json.loads, (run.out / "metrics.jsonl").read_text().splitlines())
     points = [(row["refresh_kl"], row["refresh_reward"]) for row in lines if "refresh_kl" in row]
-    low, top = min(points)[0], max(points)[0]  # the first refresh to reach each twelfth of the KL
-    points = sorted({max(points), *(next(p for p in points if p[0] >= low + (top - low) * i / 12)
-                                    for i in range(12))})
-    xs, ys = (", ".join(f"{x:.3f}" for x in axis) for axis in zip(*points, strict=True))
+    low, top = min(points)[0], max(points)[0]  # a refresh for each twelfth of the way in KL
+    cells = {int(12 * (x - low) / (top - low or 1)): (x, y) for x, y in sorted(points)[::-1]}
+    axes = zip(*sorted(cells.values()), strict=True)
+    xs, ys = (", ".join(f"{value:.3f}" for value in axis) for axis in axes)
     theme = '%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#d62728"}}}}%%'
     chart = ["```mermaid", theme, "xychart-beta", '    title "Reward against KL to the prior"',
              f'    x-axis "KL, nats" [{xs}]', '    y-axis "reward"', f"    line [{ys}]", "```"]

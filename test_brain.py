@@ -1835,6 +1835,34 @@ def test_run_on_prompts_alone(checkpoints, tmp_path):
         "reward_reference", "win_rate_vs_reference", "win_rate_vs_reference_ci"}
 
 
+class Terminal(io.StringIO):
+    """A stdout that somebody looks at."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_bars_only_where_somebody_looks(stream, checkpoints, tmp_path, monkeypatch):
+    """Catches bars in a log file, none on a terminal, and samples that a terminal would wrap."""
+    for split in ("train", "test"):
+        write_lines(tmp_path / f"{split}.jsonl", [{"prompt": say(5, i)} for i in range(9)])
+    monkeypatch.setattr(io, "StringIO", stream)
+    monkeypatch.setenv("COLUMNS", "30")
+    run = launch(tmp_path / "run", task="jsonl", data_dir=tmp_path, steps=2, save_every=1,
+                 prior=checkpoints / "gpt_neox/prior", reward=checkpoints / "gpt_neox/reward")
+    assert run.result()
+    if stream is Terminal:
+        for what in ("reading train: 9it", "brain: 100%", "loss=", "sampling:   0%"):
+            assert what in run.stderr, what
+    else:
+        assert not run.stderr
+    printed, written = run.stdout.splitlines(), (run.folder / "report.md").read_text().splitlines()
+    samples = written[written.index("## Samples, one of each model") + 1:]
+    assert len(samples) == 16 and max(map(len, samples)) > 40  # a blank, a prompt and two answers
+    assert printed[-17:-1] == [line[:30] for line in samples]
+
+
 def test_run_on_tldr(tldr_dir, checkpoints, tmp_path):
     """Catches what differs in OpenAI's files and in the public checkpoints: no pad id, more ids
     than tokens, prompts of 512 tokens, a reference cut, or without its leading space or end."""
@@ -2430,6 +2458,18 @@ def test_another_run_in_the_folder(change, says, unbroken, capfd):
     assert fingerprint(unbroken[0]) == before
 
 
+def test_the_folder_is_claimed_before_the_first_step(tmp_path, capfd, monkeypatch):
+    """Catches a run that dies before it saves weights, and then goes on as another run."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(brain, "brain_loss", interrupt)
+    monkeypatch.setattr(brain, "text_batches", interrupt)
+    assert "continue" in refused(capfd, [*SMALL, str(tmp_path / "run")], status=130)
+    assert re.search("seed was 0, is 1", refused(
+        capfd, [*SMALL, str(tmp_path / "run"), "--seed", "1"]))
+
+
 @pytest.mark.parametrize("content", ["half", "empty", "pickle"])
 def test_a_corrupt_state(content, brief, brief_run, tmp_path, capfd):
     """Catches a traceback, or a pickle that is executed, where a run's own file is broken."""
@@ -2585,6 +2625,35 @@ def test_scored_is_not_sampled(temperature, brief, tmp_path, capfd, monkeypatch)
     assert not lines_of(tmp_path / "run")
 
 
+def test_report_says_what_was_run(unbroken):
+    """Catches a report without what its figures rest on, and a chart that is not of the run."""
+    out, found = unbroken[0], json.loads(unbroken[1].splitlines()[-1])
+    text = (out / "report.md").read_text()
+    assert "8 held-out prompts × 4 samples" in text and f"{found['tie_share']:.3f} of pairs" in text
+    assert "20 steps, kl_coef 0.4, seed 0, on cpu" in text and "nats a token" in text
+    table = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in table[2:]] == ["prior", "policy", "reference", "posterior"]
+    low, high = found["win_rate_vs_prior_ci"]
+    cells = dict(zip(table[0], table[3], strict=True))
+    assert cells[" win rate vs prior "].strip() == (
+        f"{found['win_rate_vs_prior']:.3f} [{low:.3f}, {high:.3f}]")
+    assert cells[" kl to prior "].strip() == (
+        f"{found['kl_to_prior']:.3f} ± {found['kl_to_prior_se']:.3f}")
+    x, y = (re.search(rf"{axis}.*\[(.*)\]", text)[1].split(", ") for axis in ("x-axis", "line"))
+    seen = {(f"{line['refresh_kl']:.3f}", f"{line['refresh_reward']:.3f}")
+            for line in lines_of(out) if "refresh_kl" in line}
+    assert set(zip(x, y, strict=True)) <= seen and 5 <= len(x) <= 13
+    assert list(map(float, x)) == sorted(map(float, x))
+    assert max(map(float, x)) == max(float(kl) for kl, _ in seen)
+
+
+def test_ties_are_counted(checkpoints, hh_base):
+    """Catches a share of ties that counts prompts, or wins: against rewards written out."""
+    assert hh_base.result()["tie_share"] == 0  # rewards of different texts do not tie
+    rewards = torch.tensor([[1., 2.], [3., 3.]]), torch.tensor([[2., 2.], [3., 4.]])
+    assert brain.preference(*rewards).tolist() == [0.25, 0.25]  # (0 + 0 + ½ + ½)/4, likewise
+
+
 def test_sampled_kl_agrees_with_the_exact_one(unbroken):
     """Catches a KL with the wrong sign, of the wrong samples or per token, a wrong error bar."""
     found = json.loads(unbroken[1].splitlines()[-1])
@@ -2704,6 +2773,15 @@ def test_make_commands_of_the_readme_exist(command):
     """Catches a command on the front page that the Makefile does not know."""
     rules = re.findall(r"^([a-z]+):", (HERE / "Makefile").read_text(), re.M)
     assert command.split()[1] in rules
+
+
+@pytest.mark.parametrize("command", commands(r"python test_brain\.py[^`\n]*"))
+def test_measuring_commands_of_the_readme_parse(command):
+    """Catches a command behind one of the README's figures that cannot be repeated."""
+    name, *words = shlex.split(command)[2:]
+    assert name in PROGRAMS
+    if name in ("bench", "trl"):
+        assert parse_bench(words).samples
 
 
 def test_every_flag_in_the_readme_exists():
@@ -3363,9 +3441,25 @@ def print_ablation(argv: list[str]) -> None:
     print(json.dumps(rows))
 
 
+PROGRAMS = {"bench": benchmark, "trl": race_trl, "ablation": print_ablation}
+
+
+def test_benchmark_runs():
+    """Catches a benchmark that nobody can repeat: its processes, its tables, its last line."""
+    sizes = ("--hidden 16 --layers 1 --heads 2 --vocabulary 64 --prompt_tokens 9 --repeats 1 "
+             "--response_tokens 5 --prompts 2 --threads 1 --device cpu --samples 2").split()
+    said = subprocess.run([sys.executable, __file__, "bench", *sizes], text=True,
+                          capture_output=True, check=True).stdout
+    found = json.loads(said.splitlines()[-1])
+    assert [row["stage"] for row in found["rows"]] == ["sampling", "scoring", "reward", "step"]
+    assert all(row["ratio"] == row["seconds_plain"] / row["seconds_packed"] > 0
+               and row["limit"] == 2 * 14 / 19 for row in found["rows"])
+    assert found["memory"][0]["n"] == 2 and found["log_prob_gap"] < 1e-3
+    assert found["gradient_gap"] < 1e-5 and len(found["step_seconds"]["prompts at n 2"]) == 4
+
+
 if __name__ == "__main__":
-    programs = {"bench": benchmark, "trl": race_trl, "ablation": print_ablation}
-    if sys.argv[1:2] and sys.argv[1] in programs:
-        programs[sys.argv[1]](sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1] in PROGRAMS:
+        PROGRAMS[sys.argv[1]](sys.argv[2:])
     else:
-        sys.exit(f"python test_brain.py {'|'.join(programs)} [--help]; the tests: make test")
+        sys.exit(f"python test_brain.py {'|'.join(PROGRAMS)} [--help]; the tests: make test")
