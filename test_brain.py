@@ -1835,6 +1835,30 @@ def test_run_on_prompts_alone(checkpoints, tmp_path):
         "reward_reference", "win_rate_vs_reference", "win_rate_vs_reference_ci"}
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_run_in_bf16(family, hh_dir, checkpoints, tmp_path, monkeypatch):
+    """Catches what only CUDA's arithmetic would show, with autocast and bf16 weights on the CPU:
+    log-ratios that rounding moves off 0 after a refresh, tensors of two types in one operation, a
+    guard that trips on rounding; and weights of the policy that are not fp32."""
+    start = brain.Run.__init__
+
+    def as_on_cuda(run, cfg):
+        start(run, cfg)
+        run.dtype = torch.bfloat16
+        run.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+
+    monkeypatch.setattr(brain.Run, "__init__", as_on_cuda)
+    run = launch(tmp_path / "run", task="hh", data_dir=hh_dir, hh_subsets=["helpful-base"],
+                 prior=checkpoints / f"{family}/prior", reward=checkpoints / f"{family}/reward")
+    assert_complete(run, "hh")
+    assert_frozen_between_refreshes(run.metrics("brain"))
+    first = run.metrics("brain")[0]
+    assert abs(first["refresh_kl"]) < 0.05 and 0 < first["refresh_kl_sd"] < 0.1  # rounding's
+    for tensor in transformers.AutoModelForCausalLM.from_pretrained(
+            run.folder / "policy").state_dict().values():
+        assert tensor.dtype == torch.float32 and (tensor != tensor.bfloat16()).any()
+
+
 class Terminal(io.StringIO):
     """A stdout that somebody looks at."""
 
