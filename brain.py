@@ -15,7 +15,7 @@ Legend: B prompts, n responses to each, P prompt and R response tokens, V vocabu
     log_policy  q_θ, the model being trained      reward        r(x, y), from the reward model
     A log-probability is of a whole response, in nats, summed over its tokens with end-of-text.
 
-Stages, each with its result; a checkpoint that is given skips its stage:
+Stages of `python brain.py --task toy|tldr|hh|jsonl`; a checkpoint that is given skips its stage:
     1 sft     fine-tune --base on the references               out/TASK/prior,  or --prior
     2 reward  train a reward model on the comparisons          out/TASK/reward, or --reward
     3 brain   3.1 sample  3.2 score  3.3 weigh  3.4 step       out/TASK/policy
@@ -96,15 +96,6 @@ PRESETS = {
 BRAIN = "posterior", "self_normalized"  # target and baseline, the only ones with a reverse
 Weights = namedtuple("Weights", "alpha_hat beta_hat")  # shares of the n samples, rows sum to 1
 
-def log_alpha_hat(log_prior, log_proposal, reward, kl_coef: float, target: str) -> Tensor:
-    """log α̂ (B, n): the log-share of each sample under the posterior or its argmax limit."""
-    if not kl_coef > 0:
-        raise ValueError(f"kl_coef must be positive, not {kl_coef}")
-    if target == "posterior":  # p(y|x, G=1) ∝ p(y|x)·exp(r/kl_coef), over q′; Z(x) cancels
-        return (log_prior + reward / kl_coef - log_proposal).log_softmax(-1)
-    if target == "argmax":  # kl_coef → 0: all weight on the highest reward, shared among ties
-        return (reward == reward.amax(-1, keepdim=True)).to(reward).log().log_softmax(-1)
-    raise ValueError(f"target must be posterior or argmax, not {target!r}")
 def snis_weights(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, reward: Tensor,
                  kl_coef: float, target: str = "posterior") -> Weights:
     """Self-normalised importance weights, α̂ of the posterior, β̂ of the policy (section 4).
@@ -112,8 +103,17 @@ def snis_weights(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, re
     reward model's units. Raises ValueError for unequal shapes, kl_coef ≤ 0 or an unknown target."""
     if not log_policy.shape == log_prior.shape == log_proposal.shape == reward.shape:
         raise ValueError("log_policy, log_prior, log_proposal and reward need one shape, (B, n)")
-    alpha_hat = log_alpha_hat(log_prior, log_proposal, reward, kl_coef, target).exp()
-    return Weights(alpha_hat, (log_policy - log_proposal).softmax(-1))  # (B, n) twice
+    if not kl_coef > 0:
+        raise ValueError(f"kl_coef must be positive, not {kl_coef}")
+    if target == "posterior":  # p(y|x, G=1) ∝ p(y|x)·exp(r/kl_coef), over q′; Z(x) cancels
+        alpha_hat = (log_prior + reward / kl_coef - log_proposal).softmax(-1)  # (B, n)
+    elif target == "argmax":  # kl_coef → 0: all weight on the highest reward, shared among ties
+        best = (reward == reward.amax(-1, keepdim=True)).to(reward)  # (B, n)
+        alpha_hat = best / best.sum(-1, keepdim=True)
+    else:
+        raise ValueError(f"target must be posterior or argmax, not {target!r}")
+    return Weights(alpha_hat, (log_policy - log_proposal).softmax(-1))  # (B, n) each
+
 def brain_loss(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, reward: Tensor,
                kl_coef: float, *, target: str = "posterior", baseline: str = "self_normalized",
                divergence: str = "forward") -> tuple[Tensor, Weights]:
@@ -131,14 +131,16 @@ def brain_loss(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, rewa
     if divergence == "forward" and baseline in normaliser:  # with 0·log 0 = 0
         loss = (torch.xlogy(alpha, n * alpha) - alpha * rho).sum(-1) + normaliser[baseline]
     elif divergence == "reverse" and (target, baseline) == BRAIN:
-        log_alpha = log_alpha_hat(log_prior, log_proposal, reward, kl_coef, target)  # (B, n)
+        log_alpha = (log_prior + reward / kl_coef - log_proposal).log_softmax(-1)  # (B, n)
         loss = (beta * (rho.log_softmax(-1) - log_alpha)).sum(-1)  # (B,)
     else:
         raise ValueError(f"no loss has {target=}, {baseline=}, {divergence=}")
     return loss, Weights(alpha, beta.detach())
+
 def bradley_terry_loss(reward_chosen: Tensor, reward_rejected: Tensor) -> Tensor:
     """−log P(chosen ≻ rejected) = −log σ(Δr) per pair (B,): P(y₁ ≻ y₂) = g₁/(g₁+g₂), g = exp(r)."""
     return -F.logsigmoid(reward_chosen - reward_rejected)  # (B,)
+
 def effective_sample_size(weights: Tensor) -> Tensor:
     """Kish's 1/Σᵢwᵢ² per prompt (B,) of weights (B, n) that sum to 1: between 1 and n."""
     return 1 / weights.square().sum(-1)
@@ -327,14 +329,14 @@ def fold(x: Tensor, g: int) -> Tensor:  # (B, n, T) branches to (B·n/g, T·g) r
     return x.reshape(-1, g, x.shape[-1]).transpose(1, 2).flatten(1)
 def unfold(x: Tensor, g: int, n: int) -> Tensor:  # (B·n/g, T·g) rows to (B, n, T) branches
     return x.unflatten(1, (-1, g)).transpose(1, 2).reshape(-1, n, x.shape[1] // g)
-def prefill(model, batch: Batch):  # keys and values of the prompts, (B, P) columns, with gradients
-    position = (batch.real.cumsum(-1) - 1).clamp(min=0)  # (B, P)
-    return model.base_model(
-        batch.prompt, attention_mask=batch.real.long(), position_ids=position, use_cache=True,
-        past_key_values=transformers.DynamicCache()).past_key_values
 def feed(model, cache, batch: Batch, tokens: Tensor, g: int, first: int = 0):
     """The model's output for the branches' tokens (B, n, T) from `first` on, g branches a row."""
     (B, n, T), device = tokens.shape, tokens.device
+    if first == 0:  # keys and values of the prompts, with gradients, then a copy for each row
+        position = (batch.real.cumsum(-1) - 1).clamp(min=0)  # (B, P)
+        model.base_model(batch.prompt, attention_mask=batch.real.long(), position_ids=position,
+                         use_cache=True, past_key_values=cache)
+        cache.batch_repeat_interleave(n // g)
     step = torch.arange(first + T, device=device)  # a token sees its branch, up to itself
     own = torch.kron(step <= step[first:, None], torch.eye(g, device=device).bool())  # (T·g, …)
     see = torch.cat([batch.real[:, None].expand(-1, T * g, -1), own.expand(B, -1, -1)], -1)
@@ -344,20 +346,18 @@ def feed(model, cache, batch: Batch, tokens: Tensor, g: int, first: int = 0):
     mask, position = (x.repeat_interleave(n // g, 0) for x in (mask[:, None], position))
     return model(fold(tokens, g), attention_mask=mask, position_ids=position, use_cache=True,
                  past_key_values=cache)
-def feed_all(model, batch: Batch, T: int):  # (output for the branches' first T tokens at once, g)
-    n = batch.branch.shape[1]
-    g, cache = math.gcd(n, 4), prefill(model, batch)
-    cache.batch_repeat_interleave(n // g)
-    return feed(model, cache, batch, batch.branch[..., :T], g), g
+
 def sequence_log_prob(model, batch: Batch, temperature: float = 1.0) -> Tensor:
     """log q(y|x) of each response, (B, n), in nats, fp32, differentiable."""
     _, n, R = batch.branch[..., 1:].shape
-    output, g = feed_all(model, batch, R)
+    g = math.gcd(n, 4)
+    output = feed(model, transformers.DynamicCache(), batch, batch.branch[..., :-1], g)
     logits = output.logits.float() / temperature  # (B·n/g, R·g, V)
     target = fold(batch.branch[..., 1:], g)  # (B·n/g, R·g)
     token = -F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
     real = torch.arange(R, device=target.device) < batch.length[..., None]  # (B, n, R)
     return unfold(token.view_as(target), g, n).where(real, 0).sum(-1)
+
 def score_reward(reward_model, batch: Batch, tokenizer=None, reward_tokenizer=None) -> Tensor:
     """The raw reward of each response, (B, n), fp32, read at its last token; differentiable. Models
     of another vocabulary read texts, with their own eos or as pairs: then pass both tokenizers."""
@@ -372,9 +372,10 @@ def score_reward(reward_model, batch: Batch, tokenizer=None, reward_tokenizer=No
             return reward_model(**rows).logits.float().view(shape)
         y = [[ids] for ids in encode(reward_tokenizer, texts[1], sys.maxsize)]
         batch = pack(encode(reward_tokenizer, texts[0]), y, reward_model.device)  # (B·n, 1)
-    output, g = feed_all(reward_model.base_model, batch, batch.branch.shape[2])
-    score = reward_model.score(output.last_hidden_state).squeeze(-1).float()  # (B·n/g, (1 + R)·g)
-    score = unfold(score, g, batch.branch.shape[1])  # (B, n, 1 + R)
+    n, model, cache = batch.branch.shape[1], reward_model.base_model, transformers.DynamicCache()
+    g = math.gcd(n, 4)
+    hidden = feed(model, cache, batch, batch.branch, g).last_hidden_state  # (B·n/g, (1 + R)·g, …)
+    score = unfold(reward_model.score(hidden).squeeze(-1).float(), g, n)  # (B, n, 1 + R)
     return score.gather(-1, batch.length[..., None]).view(shape)
 @torch.no_grad()
 def sample(model, prompts: list[list[int]], n: int, max_new_tokens: int, *, eos_id: int,
@@ -386,7 +387,7 @@ def sample(model, prompts: list[list[int]], n: int, max_new_tokens: int, *, eos_
     generators = generator if isinstance(generator, list) else [generator] * len(prompts)
     uniform = torch.stack([torch.rand(n, max_new_tokens, generator=g, dtype=torch.float64)
                            for g in generators]).to(model.device)  # (B, n, R)
-    cache, ids, tokens = prefill(model, batch), batch.branch, []  # ids: (B, n, 1)
+    cache, ids, tokens = transformers.DynamicCache(), batch.branch, []  # ids: (B, n, 1)
     log_q, ended = torch.zeros(ids.shape, device=model.device), torch.zeros_like(ids).bool()
     for step in range(max_new_tokens):
         logits = feed(model, cache, batch, ids, n, step).logits.float()  # (B, n, V)
@@ -671,7 +672,7 @@ def enumerate_posterior(run: Run, models: dict, examples: list[Example]) -> tupl
     batches = [pack([prompt], [space], run.device) for prompt in prompts]
     known = merge([judge(run, models["reward"], batch) for batch in batches])
     prior = known["log_prior"] = exact_log_prob(run, models["prior"], batches)
-    known["log_proposal"] = log_alpha_hat(prior, 0, known["reward"], run.cfg.kl_coef, "posterior")
+    known["log_proposal"] = (prior + known["reward"] / run.cfg.kl_coef).log_softmax(-1)
     return batches, known
 def evaluate(run: Run, models: dict, examples: list[Example], exact: tuple | None) -> tuple:
     """Stage 4: rows of figures, with errors over the (sorted) held-out prompts, and samples."""
