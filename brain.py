@@ -118,16 +118,16 @@ def brain_loss(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, rewa
                kl_coef: float, *, target: str = "posterior", baseline: str = "self_normalized",
                divergence: str = "forward") -> tuple[Tensor, Weights]:
     """BRAIn's loss, KL(α̂ ‖ β̂) by default, per prompt (B,) in nats, and the detached weights.
-    Differentiable in log_policy alone, with gradient −Σᵢ (α̂ᵢ − bᵢ) ∇log q_θ(yᵢ). The baselines
-    are three estimates A of log Σ_y q_θ(y|x), which is 0: b = 0, exp(ρᵢ)/n or β̂ᵢ. Divergence
-    "reverse" is KL(β̂ ‖ α̂), the policy-gradient side. Inputs and errors are those of
-    snis_weights; an unknown dial, or reverse with another dial turned, is a ValueError too."""
+    Differentiable in log_policy alone, with gradient −Σᵢ (α̂ᵢ − bᵢ) ∇log q_θ(yᵢ). The baseline
+    b = ∂A/∂log q_θ(yᵢ), which is 0, exp(ρᵢ)/n or β̂ᵢ, comes of a term A(ρ) that estimates log of
+    Σ_y q_θ(y|x) = 1. Divergence "reverse" is KL(β̂ ‖ α̂), the policy-gradient side. Inputs and
+    errors: snis_weights; an unknown dial, or reverse with another dial turned: ValueError, too."""
     log_prior, log_proposal, reward = log_prior.detach(), log_proposal.detach(), reward.detach()
     alpha, beta = snis_weights(log_policy, log_prior, log_proposal, reward, kl_coef, target)
     rho, n = log_policy - log_proposal, reward.shape[-1]  # (B, n) ρ = log q_θ − log q′
-    normaliser = {"none": torch.zeros_like(rho[..., 0]),  # A(ρ): DPG's,
-                  "unnormalized": rho.exp().mean(-1) - 1,  # GDC++'s, and
-                  "self_normalized": rho.logsumexp(-1) - math.log(n)}  # BRAIn's, (B,) each
+    normaliser = {"none": torch.zeros_like(rho[..., 0]),  # A(ρ), (B,): DPG
+                  "unnormalized": rho.exp().mean(-1) - 1,  # the log, linear at 1: GDC++
+                  "self_normalized": rho.logsumexp(-1) - math.log(n)}  # the log: BRAIn
     if divergence == "forward" and baseline in normaliser:  # with 0·log 0 = 0
         loss = (torch.xlogy(alpha, n * alpha) - alpha * rho).sum(-1) + normaliser[baseline]
     elif divergence == "reverse" and (target, baseline) == BRAIN:
@@ -146,14 +146,15 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     return 1 / weights.square().sum(-1)
 
 # ---- Command line, and errors told in one line --------------------------------------------------
-class BadInput(Exception):
+class BadInput(ValueError):
     """A user's mistake: exit status 2."""
 class Halt(Exception):
     """A guard stopped the run, whose last state is kept: exit status 1."""
+def refuse_if(wrong, why: str) -> None:
+    if wrong:
+        raise BadInput(why)
 def bar(items, what: str, **options) -> tqdm:  # of progress; quiet where nobody looks
     return tqdm(items, what, disable=not sys.stdout.isatty(), **options)
-def refuse(message: str):  # also in place of argparse's usage text and SystemExit
-    raise BadInput(message)
 ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError,
           EOFError, zlib.error, pickle.UnpicklingError, SafetensorError, errors.HTTPError)
 @contextlib.contextmanager
@@ -166,29 +167,27 @@ def telling(what: str, kind=BadInput):  # one line for what files, checkpoints a
 def parse_config(argv: list[str] | None = None) -> Config:
     """The resolved configuration of a command line, or BadInput before anything is loaded."""
     parser = transformers.HfArgumentParser(Config, allow_abbrev=False, prog="brain.py")
-    parser.error, source = refuse, inspect.getsource(Config)
+    parser.error = functools.partial(refuse_if, True)  # not usage text and SystemExit
+    comments = dict(re.findall(r" (\w+): .*  # (.*)", inspect.getsource(Config)))
     for action in parser._actions:  # --help shows the comments of Config
-        action.help = dict(re.findall(r" (\w+): .*  # (.*)", source)).get(action.dest, action.help)
+        action.help = comments.get(action.dest, action.help)
     given = parser.parse_args(argv)  # what the user said, without a preset
     preset = PRESETS.get(given.task, {}) | dict(out=f"out/{given.task}")
     parser.set_defaults(**preset | (dict(prior=None, reward=None) if given.base else {}))
     cfg = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
     for name, value in asdict(cfg).items():
         least = 1 if type(value) is int else 1e-12
-        least += name in ("samples_per_prompt", "eval_samples", "eval_prompts")  # for an error
+        least += name in ("samples_per_prompt", "eval_samples", "eval_prompts")  # for a variance
         least *= name not in ("seed", "save_every", "missing_eos_penalty")
-        if type(value) in (int, float) and not least <= value < 2**63:
-            refuse(f"--{name} must be positive and finite (at least {least}), not {value}")
-    for wrong, why in (
-            (cfg.base and cfg.prior, "--base is made into the prior: give no --prior beside it"),
-            (cfg.prompts_per_refresh % cfg.prompts_per_step, "--prompts_per_refresh must be a "
-             "multiple of --prompts_per_step"),
-            (cfg.divergence == "reverse" and (cfg.target, cfg.baseline) != BRAIN,
-             f"--divergence reverse needs --target {BRAIN[0]} and --baseline {BRAIN[1]}"),
-            (cfg.task != "toy" and not (cfg.base or cfg.prior), "--base or --prior is needed"),
-            (cfg.task == "jsonl" and not cfg.data_dir, "--data_dir with train.jsonl is needed")):
-        if wrong:
-            refuse(why)
+        refuse_if(type(value) in (int, float) and not least <= value < 2**63,
+                  f"--{name} must be positive and finite (at least {least}), not {value}")
+    refuse_if(cfg.base and cfg.prior, "--base is made into the prior: give no --prior beside it")
+    refuse_if(cfg.prompts_per_refresh % cfg.prompts_per_step,
+              "--prompts_per_refresh must be a multiple of --prompts_per_step")
+    refuse_if(cfg.divergence == "reverse" and (cfg.target, cfg.baseline) != BRAIN,
+              f"--divergence reverse needs --target {BRAIN[0]} and --baseline {BRAIN[1]}")
+    refuse_if(cfg.task != "toy" and not (cfg.base or cfg.prior), "--base or --prior is needed")
+    refuse_if(cfg.task == "jsonl" and not cfg.data_dir, "--data_dir with train.jsonl is needed")
     return cfg
 
 # ---- Data: four tasks, one Example --------------------------------------------------------------
@@ -208,40 +207,36 @@ def fetch(path: Path, url: str) -> Path:  # downloaded if absent: to a temporary
                 file_download.http_get(url, part, resume_size=part.tell(), expected_size=size)
             Path(part.name).rename(path)
     return path
-def read_rows(path: Path):  # yields (row, "file:line") of a .jsonl or .jsonl.gz file, or BadInput
+def read_lines(path: Path):  # yields (line, "file:line") of a .jsonl or .jsonl.gz file
     opener = gzip.open if path.suffix == ".gz" else open  # a truncated .gz is an error, too
     with telling(path), opener(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            with telling(f"{path}:{number}"):
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("a row must be a JSON object")
-            yield row, f"{path}:{number}"
-def text_at(row: dict, where: str, *keys: str | int) -> str:  # row[key][key]…, which must be text
-    with telling(f"{where}: no text at {'.'.join(map(str, keys))}"):
+            yield line, f"{path}:{number}"
+def text_at(row: dict, *keys: str | int) -> str:  # row[key][key]…, which must be text
+    with telling(f"no text at {'.'.join(map(str, keys))}"):
         text = functools.reduce(lambda at, key: at[key], keys, row)
         return text.encode().decode()  # refuses what is no string, and lone surrogates
-def parse_jsonl(row: dict, where: str) -> Example:  # a user's row, of Example's fields
-    given = {key: text_at(row, where, key) for key in Example._fields if row.get(key) is not None}
-    if not given.get("prompt", "").strip() or ("chosen" in given) != ("rejected" in given):
-        refuse(f"{where}: a row needs a prompt, and chosen and rejected need each other")
+def parse_jsonl(row: dict) -> Example:  # a user's row, of Example's fields
+    given = {key: text_at(row, key) for key in Example._fields if row.get(key) is not None}
+    refuse_if(not given.get("prompt", "").strip() or ("chosen" in given) != ("rejected" in given),
+              "a row needs a prompt, and chosen and rejected need each other")
     return Example(**given)
-def parse_dialogue(row: dict, where: str) -> Example | None:  # of HH; None where prompts differ
-    good, bad = (text_at(row, where, key).rpartition(TURN) for key in ("chosen", "rejected"))
+def parse_dialogue(row: dict) -> Example | None:  # of HH; None where prompts differ
+    good, bad = (text_at(row, key).rpartition(TURN) for key in ("chosen", "rejected"))
     if good[:2] != bad[:2] or not (good[1] and good[2].strip() and bad[2].strip()):
         return None
     return Example(good[0] + TURN, good[2], good[2], bad[2])  # a response starts with a space
-def parse_post(row: dict, where: str) -> Example | None:
+def parse_post(row: dict) -> Example | None:
     """A row of tldr_3_filtered or of the comparisons; None for news and for empty summaries."""
     info, choice, paths = row.get("info", row), row.get("choice"), [("summary",)]  # of a post
     if isinstance(info, dict) and "article" in info:
         return None
-    subreddit, title, post = (text_at(info, where, key) for key in ("subreddit", "title", "post"))
+    subreddit, title, post = (text_at(info, key) for key in ("subreddit", "title", "post"))
     if info is not row:  # a comparison has no reference; the chosen summary comes first
-        if type(choice) is not int or choice not in (0, 1):
-            refuse(f"{where}: choice must be 0 or 1, not {choice!r}")
+        refuse_if(type(choice) is not int or choice not in (0, 1),
+                  f"choice must be 0 or 1, not {choice!r}")
         paths = [("summaries", i, "text") for i in (choice, 1 - choice)]
-    texts = [" " + text_at(row, where, *path).strip() for path in paths]  # one leading space
+    texts = [" " + text_at(row, *path).strip() for path in paths]  # one leading space
     prompt = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}{POST}{post}{TLDR}"
     return None if " " in texts else Example(prompt, *[None] * (len(texts) - 1), *texts)
 def shorten(prompt: str) -> str:  # less its post's last line, or last character; "" if none is left
@@ -271,10 +266,13 @@ def task_rows(cfg: Config, split: str):  # yields a split's Examples; None for i
             f"dataset/comparisons/batch{i}.json" for i in pairs)])}[cfg.task]
     for name in names:  # toy has no files
         path = Path(cfg.data_dir, name)
-        for row, where in read_rows(fetch(path, f"{url}/{name}") if url else path):
-            in_train = row.get("split", split) == "train"  # of comparisons: train, valid1, valid2
-            if cfg.task != "tldr" or in_train == (split == "train"):
-                yield parse(row, where)
+        for line, where in read_lines(fetch(path, f"{url}/{name}") if url else path):
+            with telling(where):
+                row = json.loads(line)
+                refuse_if(not isinstance(row, dict), "a row must be a JSON object")
+                in_train = row.get("split", split) == "train"  # of comparisons: or valid1, valid2
+                if cfg.task != "tldr" or in_train == (split == "train"):
+                    yield parse(row)
 def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
     """The examples of a split ("train" or "test"), their prompts within max_prompt_tokens.
     Others are cut (tldr) or skipped, as are rows that the data set itself has broken; BadInput."""
@@ -287,7 +285,10 @@ def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
         broken, long = broken + (not example), long + bool(example and not prompt)
     said = f"{cfg.task} {split}: {len(examples)} examples ({broken} broken, {long} too long)"
     print(said, flush=True)
-    return examples if len(examples) > (split == "test") else refuse(f"too few usable rows: {said}")
+    refuse_if(len(examples) <= (split == "test"), f"too few usable rows: {said}")
+    return examples
+def having(examples: list[Example], text: str) -> list[Example]:  # those with this text
+    return [example for example in examples if getattr(example, text) is not None]
 def encode(tokenizer, texts: list[str], limit: int | None = None) -> list[list[int]]:
     """Ids of prompts, special tokens included; or of responses with eos, all cut to the limit."""
     ids = tokenizer(texts, add_special_tokens=limit is None).input_ids if texts else []
@@ -361,22 +362,21 @@ def sequence_log_prob(model, batch: Batch, temperature: float = 1.0) -> Tensor:
 def score_reward(reward_model, batch: Batch, tokenizer=None, reward_tokenizer=None) -> Tensor:
     """The raw reward of each response, (B, n), fp32, read at its last token; differentiable. Models
     of another vocabulary read texts, with their own eos or as pairs: then pass both tokenizers."""
-    shape = batch.length.shape  # (B, n)
     if reward_tokenizer:
-        pairs = [(x, y) for x, ys in zip(*batch.ids, strict=True) for y in ys]  # B·n of them
-        texts = [tokenizer.batch_decode(ids, skip_special_tokens=True)
-                 for ids in zip(*pairs, strict=True)]
+        prompts, *responses = (tokenizer.batch_decode(ids, skip_special_tokens=True)
+                               for ids in (batch.ids[0], *batch.ids[1]))  # B, then n of each
         if not hasattr(reward_model, "score"):  # no decoder
-            rows = reward_tokenizer(*texts, padding=True, truncation="only_first",
+            pairs = [(x, y) for x, ys in zip(prompts, responses, strict=True) for y in ys]
+            rows = reward_tokenizer(pairs, padding=True, truncation="only_first",
                                     return_tensors="pt").to(reward_model.device)
-            return reward_model(**rows).logits.float().view(shape)
-        y = [[ids] for ids in encode(reward_tokenizer, texts[1], sys.maxsize)]
-        batch = pack(encode(reward_tokenizer, texts[0]), y, reward_model.device)  # (B·n, 1)
+            return reward_model(**rows).logits.float().view(batch.length.shape)
+        responses = [encode(reward_tokenizer, ys, sys.maxsize) for ys in responses]
+        batch = pack(encode(reward_tokenizer, prompts), responses, reward_model.device)
     n, model, cache = batch.branch.shape[1], reward_model.base_model, transformers.DynamicCache()
     g = math.gcd(n, 4)
     hidden = feed(model, cache, batch, batch.branch, g).last_hidden_state  # (B·n/g, (1 + R)·g, …)
     score = unfold(reward_model.score(hidden).squeeze(-1).float(), g, n)  # (B, n, 1 + R)
-    return score.gather(-1, batch.length[..., None]).view(shape)
+    return score.gather(-1, batch.length[..., None]).squeeze(-1)
 @torch.no_grad()
 def sample(model, prompts: list[list[int]], n: int, max_new_tokens: int, *, eos_id: int,
            temperature: float = 1.0, generator=None) -> tuple[list[list[list[int]]], Tensor]:
@@ -406,7 +406,7 @@ def fp32_linear(head, hidden: Tensor) -> Tensor:  # bf16 logits would cost 0.2 n
     with torch.autocast(hidden.device.type, enabled=False):
         logits = F.linear(hidden.float(), head.weight.float())
         return logits if head.bias is None else logits + head.bias.float()
-def check_branches(model, P: int, R: int) -> None:  # ValueError if plain rows score otherwise
+def check_branches(model, P: int, R: int) -> None:  # BadInput if plain rows score otherwise
     ids = torch.randint(model.config.vocab_size, (2, P + R), generator=make_generator(0))
     ids = torch.cat([ids[[0, 0], :P], ids[:, P:]], 1).to(model.device)  # one prompt, two responses
     batch = pack(ids[:1, :P].tolist(), [ids[:, P:].tolist()], model.device)
@@ -416,11 +416,13 @@ def check_branches(model, P: int, R: int) -> None:  # ValueError if plain rows s
     else:
         packed, log_p = sequence_log_prob(model, batch), model(ids).logits.log_softmax(-1)
         plain = log_p[:, P - 1 : -1].gather(-1, ids[:, P:, None]).sum((1, 2))
-    if not (gap := (packed[0] - plain).abs().max().item()) < 1e-3:  # measured: 1e-4; NaN fails
-        raise ValueError(f"branches of {model.config.model_type} models miss rows by {gap:.3g}")
+    gap = (packed[0] - plain).abs().max().item()  # measured: 1e-4; NaN fails
+    refuse_if(not gap < 1e-3, f"{model.config.model_type} branches miss rows by {gap:.3g}")
+
 def load(run, kind, name: str | None, new_head: bool = False):
     """A frozen fp32 model, dropout off, and its tokenizer; BadInput where they do not fit."""
     cfg, reward = run.cfg, kind is AutoModelForSequenceClassification
+    torch.manual_seed(cfg.seed)  # decides what is not read from a file
     with telling(f"{name or 'the toy model'} cannot be used"):
         if name:
             safe = dict(trust_remote_code=False)
@@ -433,16 +435,14 @@ def load(run, kind, name: str | None, new_head: bool = False):
         longest, lacking = P + max(R, 0 if cfg.reward else C), sorted(info["missing_keys"])[:1]
         context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
         tokenizer.model_max_length = min(tokenizer.model_max_length, context)
-        for wrong, why in (
-                (lacking and not new_head, f"it lacks {lacking}: was it trained for another use?"),
-                (reward and model.config.num_labels != 1, "it has not one label, as a reward has"),
-                (len(tokenizer) <= len(tokenizer.all_special_ids), "it has no tokenizer"),
-                (len(tokenizer) > model.config.vocab_size, "it has more tokens than embeddings"),
-                (not reward and tokenizer.eos_token_id is None, "it has no end-of-text token, eos"),
-                (not reward and longest > context, f"its context is {context} tokens, not {longest}"
-                 ": lower --max_prompt_tokens, --max_response_tokens, --max_comparison_tokens")):
-            if wrong:
-                raise ValueError(why)
+        refuse_if(lacking and not new_head, f"it lacks {lacking}: was it trained for another use?")
+        refuse_if(reward and model.config.num_labels != 1, "it has not one label, as a reward has")
+        refuse_if(len(tokenizer) <= len(tokenizer.all_special_ids), "it has no tokenizer")
+        refuse_if(len(tokenizer) > model.config.vocab_size, "it has more tokens than embeddings")
+        refuse_if(not reward and tokenizer.eos_token_id is None, "it has no end-of-text token, eos")
+        refuse_if(not reward and longest > context,
+                  f"its context is {context} tokens, not {longest}: lower --max_prompt_tokens, "
+                  "--max_response_tokens, --max_comparison_tokens")
         model = model.eval().requires_grad_(False).to(run.device)
         if head := getattr(model, "score", None) or model.get_output_embeddings():  # a decoder
             head.forward = functools.partial(fp32_linear, head)
@@ -451,14 +451,15 @@ def load(run, kind, name: str | None, new_head: bool = False):
 
 # ---- A run: its folder, its one state file, its guards ------------------------------------------
 STAGES = ("sft", "reward", "brain", "done")
-FREE = ("data_dir", "save_every", "micro_batch_tokens", "out", "overwrite")  # change no number
+FREE = ("data_dir", "save_every", "micro_batch_tokens", "out", "overwrite")  # no other results
+
 class Run:
     """What the stages share. Draws are keyed by (seed, stage, step), so stage, step, weights,
     optimizer and the refresh's samples are all that a killed run needs to continue bit for bit."""
     def __init__(self, cfg: Config):
         cuda = torch.cuda.is_available() and cfg.device != "cpu"
-        if not cuda and (cfg.device == "cuda" or (cfg.task, cfg.device) == ("tldr", "auto")):
-            refuse(f"--device {cfg.device}: there is no CUDA GPU; or give --device cpu")
+        refuse_if(not cuda and (cfg.device == "cuda" or (cfg.task, cfg.device) == ("tldr", "auto")),
+                  f"--device {cfg.device}: there is no CUDA GPU; or give --device cpu")
         self.device, self.out = torch.device("cuda" if cuda else "cpu"), Path(cfg.out)
         self.dtype = torch.bfloat16 if cuda else torch.float32  # of frozen models and of compute
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, cuda)
@@ -500,10 +501,9 @@ class Run:
 def make_generator(*key) -> torch.Generator:  # which its key decides: (seed, stage, step, …)
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
 def draw(total: int, size: int, step: int, *key) -> list[int]:  # a step's share of range(total)
-    first, last = step * size // total, (step * size + size - 1) // total  # shuffled epochs
-    order = torch.cat([torch.randperm(total, generator=make_generator(*key, epoch))
-                       for epoch in range(first, last + 1)])
-    return order[step * size - first * total :][:size].tolist()
+    epochs = range(1 + (step * size + size - 1) // total)  # shuffled anew in each
+    order = [torch.randperm(total, generator=make_generator(*key, epoch)) for epoch in epochs]
+    return torch.cat(order)[step * size :][:size].tolist()
 def split(run: Run, prompts: list[list[int]], branch_tokens: int) -> list[slice]:
     """Micro-batches of prompts sorted by length; V logits take the memory of V/2¹⁶ tokens more."""
     longest = len(prompts[-1]) + branch_tokens * (1 + len(run.tokenizer) / 2**16)
@@ -522,9 +522,11 @@ def merge(found: list[dict]) -> dict[str, Tensor]:  # dictionaries of (b, …) t
 def judge(run: Run, reward_model, batch: Batch) -> dict[str, Tensor]:  # the one reward, (b, n)
     last = batch.branch.gather(-1, batch.length[..., None]).squeeze(-1)  # (b, n) last tokens
     eos = (last == run.tokenizer.eos_token_id).float()  # (b, n) 1 where a response ends
-    raw = score_reward(reward_model, batch, run.tokenizer, run.reward_tokenizer)  # (b, n)
+    with run.autocast():
+        raw = score_reward(reward_model, batch, run.tokenizer, run.reward_tokenizer)  # (b, n)
     return {"reward": raw - run.cfg.missing_eos_penalty * (1 - eos), "raw_reward": raw,
             "eos_share": eos, "response_tokens": batch.length.float()}
+
 @torch.no_grad()
 def sample_batches(run: Run, models: dict, name: str, prompts: list, n: int, *key) -> list[Batch]:
     """3.1 sample n responses to each of the sorted prompts from models[name]; 3.2 score them in
@@ -564,12 +566,12 @@ def policy_loss(cfg: Config, model, batch: Batch):
     known = [batch.scores[name] for name in ("log_prior", "log_proposal", "reward")]
     loss, (alpha, beta) = brain_loss(log_policy, *known, cfg.kl_coef, target=cfg.target,
                                      baseline=cfg.baseline, divergence=cfg.divergence)
-    log_ratio, rho = (log_policy.detach() - other for other in known[:2])  # to the prior, ρ
+    to_prior, rho = (log_policy.detach() - other for other in known[:2])  # log-ratios, (b, n)
     judged = {k: v.mean(-1) for k, v in batch.scores.items() if k[:3] != "log"}  # the samples'
     return loss, judged | {
         "ess_alpha": effective_sample_size(alpha), "ess_beta": effective_sample_size(beta),
         "reward_spread": known[2].std(-1) / cfg.kl_coef, "alpha_largest": alpha.amax(-1),
-        "kl_to_prior": (beta * log_ratio).sum(-1),  # the policy's, whose shares β̂ are
+        "kl_to_prior": (beta * to_prior).sum(-1),  # the policy's, whose shares β̂ are
         "log_ratio_min": rho.amin(-1), "log_ratio_max": rho.amax(-1)}
 def run_losses(run: Run, model, batches: list[Batch], loss_of, train: bool) -> dict[str, Tensor]:
     """The one micro-batch driver: losses and metrics (B,); to train, the mean loss's gradient."""
@@ -582,6 +584,7 @@ def run_losses(run: Run, model, batches: list[Batch], loss_of, train: bool) -> d
             (loss.sum() / total).backward()  # adds up to the gradient of the mean over all
         found.append({"loss": loss.detach(), **metrics})
     return merge(found)
+
 def fit(run: Run, stage: str, model, steps: int, lr: float, batches_of, loss_of) -> None:
     """The one training loop. `batches_of(step)`: micro-batches, and metrics to write with them."""
     optimizer = torch.optim.AdamW(model.requires_grad_().parameters(), eps=1e-5, weight_decay=0)
@@ -633,7 +636,7 @@ def brain_step(run: Run, models: dict, examples: list, exact: tuple | None, step
                    "refresh_kl_sd": ratio.std().item()}  # at step 0, what rounding makes of 0
         if exact and step % max(turns, cfg.steps // 5 // turns * turns) == 0:
             log_policy = exact_log_prob(run, models["policy"], exact[0])  # (p, |Y|)
-            metrics["kl_to_posterior"] = kl(exact[1]["log_proposal"], log_policy)
+            metrics["kl_to_posterior"] = kl(exact[1]["log_posterior"], log_policy)
             tqdm.write(", ".join([run.where, *(f"{k} {v:.3f}" for k, v in metrics.items())]))
         if not found["eos_share"].any():
             tqdm.write(f"warning: {run.where}: no response ends; has the policy collapsed?")
@@ -647,9 +650,9 @@ def preference(a: Tensor, b: Tensor) -> Tensor:
     """The share of pairs that a wins, ties counting half, per prompt: (P, m) and (P, k) to (P,)."""
     return (1 + (a[:, :, None] - b[:, None]).sign().mean((1, 2))) / 2
 def wilson(wins: Tensor) -> tuple[float, list[float]]:
-    """Win rate and Wilson's 95 % interval of shares (P,), at as many trials as have their error."""
+    """Win rate and Wilson's 95 % interval of shares (P,), at the trials that match their error."""
     rate, error, z = wins.mean().item(), wins.std().item() / math.sqrt(len(wins)), 1.96
-    trials = rate * (1 - rate) / error**2 if error else len(wins)  # independent ones
+    trials = rate * (1 - rate) / error**2 if error > 0 else len(wins)  # independent ones
     middle, scale = rate + z * z / (2 * trials), 1 + z * z / trials
     half = z * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
     return rate, [(middle - half) / scale, (middle + half) / scale]
@@ -661,43 +664,41 @@ def exact_log_prob(run: Run, model, batches: list[Batch]) -> Tensor:  # of all o
     run.require((log_q.exp().sum(-1, True) - 1).abs() < 1e-4, "Y does not sum to 1", batches[0])
     return log_q
 def enumerate_posterior(run: Run, models: dict, examples: list[Example]) -> tuple | None:
-    """Where Y can be listed (toy): batches of it, and scores (p, |Y|) as if the posterior drew."""
-    R, eos = run.cfg.max_response_tokens, run.tokenizer.eos_token_id
-    if len(run.tokenizer) ** R > 50_000:
+    """Where Y can be listed (toy): batches of it, and reward, log prior, log posterior (p, |Y|)."""
+    R, V = run.cfg.max_response_tokens, models["prior"].config.vocab_size
+    if V**R > 50_000:
         return None
-    others = [i for i in range(models["prior"].config.vocab_size) if i != eos]  # all ids but eos
-    space = [[*y, eos][:R]  # those that are cut at R have no eos
-             for k in range(R + 1) for y in itertools.product(others, repeat=k)]
+    drawn, eos = itertools.product(range(V), repeat=R), run.tokenizer.eos_token_id
+    space = dict.fromkeys(y[: (*y, eos).index(eos) + 1] for y in drawn)  # cut after eos, as sampled
     prompts = encode(run.tokenizer, [example.prompt for example in examples])
-    batches = [pack([prompt], [space], run.device) for prompt in prompts]
+    batches = [pack([x], [[list(y) for y in space]], run.device) for x in prompts]
     known = merge([judge(run, models["reward"], batch) for batch in batches])
     prior = known["log_prior"] = exact_log_prob(run, models["prior"], batches)
-    known["log_proposal"] = (prior + known["reward"] / run.cfg.kl_coef).log_softmax(-1)
+    known["log_posterior"] = (prior + known["reward"] / run.cfg.kl_coef).log_softmax(-1)
     return batches, known
+
 def evaluate(run: Run, models: dict, examples: list[Example], exact: tuple | None) -> tuple:
     """Stage 4: rows of figures, with errors over the (sorted) held-out prompts, and samples."""
-    prompts, rows = encode(run.tokenizer, [e.prompt for e in examples]), {}
+    prompts = encode(run.tokenizer, [example.prompt for example in examples])
     groups = {name: sample_batches(run, models, name, prompts, run.cfg.eval_samples, "eval", name)
               for name in ("prior", "policy")}
-    if all(example.reference is not None for example in examples):  # whole, with eos
-        groups["reference"] = text_batches(run, examples, ("reference",), sys.maxsize)
-        for batch in groups["reference"]:
-            with run.autocast():
-                batch.scores.update(judge(run, models["reward"], batch))
     found = {name: merge([b.scores for b in batches]) for name, batches in groups.items()}  # (P, m)
+    if having(examples, "reference") == examples:  # whole, with eos
+        groups["reference"] = text_batches(run, examples, ("reference",), sys.maxsize)
+        found["reference"] = merge([judge(run, models["reward"], b) for b in groups["reference"]])
     wins = {(a, b): preference(found[a]["reward"], found[b]["reward"])
             for a in found for b in ("prior", "reference") if a != b and b in found}
-    for name, of in found.items():
-        rows[name] = {key: values.mean().item() for key, values in of.items() if key[:3] != "log"}
-        if name != "reference":
-            ratio = of["log_proposal"] - of["log_prior"]  # log q − log p of q's own samples, (P, m)
-            rows[name]["kl_to_prior"] = ratio.mean().item()
-            rows[name]["kl_to_prior_se"] = ratio.mean(-1).std().item() / math.sqrt(len(ratio))
+    rows = {name: {key: values.mean().item() for key, values in of.items() if key[:3] != "log"}
+            for name, of in found.items()}
+    for name in ("prior", "policy"):  # log q − log p of q's own samples, (P, m); the policy's last
+        ratio = found[name]["log_proposal"] - found[name]["log_prior"]
+        error = ratio.mean(-1).std().item() / math.sqrt(len(ratio))  # over prompts
+        rows[name] |= {"kl_to_prior": ratio.mean().item(), "kl_to_prior_se": error}
     pairs = found["policy"]["reward"][:, :, None] == found["prior"]["reward"][:, None]  # (P, m, m)
     rows["policy"]["tie_share"] = pairs.float().mean().item()
-    if exact:  # the ceiling, in expectation under the posterior, and the truth about the policy
+    if exact:  # the posterior's row, in expectation, and the truth about the policy
         batches, known = exact  # (p, |Y|)
-        log_prior, log_posterior = known["log_prior"], known["log_proposal"]
+        log_prior, log_posterior = known["log_prior"], known["log_posterior"]
         weight, truth = log_posterior.exp(), zip(log_prior.exp(), known["reward"], strict=True)
         rows["posterior"] = {key: (weight * values).sum(-1).mean().item()
                              for key, values in known.items() if key[:3] != "log"}
@@ -714,6 +715,7 @@ def evaluate(run: Run, models: dict, examples: list[Example], exact: tuple | Non
     for (name, other), shares in wins.items():
         rows[name][f"win_rate_vs_{other}"], rows[name][f"win_rate_vs_{other}_ci"] = wilson(shares)
     return rows, groups
+
 def report(run: Run, rows: dict, groups: dict, examples: list[Example], notes: list[str]) -> None:
     """report.md: what was run, a table, a chart and samples; all but the chart is printed, too."""
     columns = ("reward", "win_rate_vs_prior", "win_rate_vs_reference", "kl_to_prior", "eos_share",
@@ -744,6 +746,7 @@ def report(run: Run, rows: dict, groups: dict, examples: list[Example], notes: l
 
 # ---- Derivation checks: brain_loss and autograd on one side, the equations on the other ---------
 Check = namedtuple("Check", "name claim error tolerance ok")  # error: largest absolute difference
+
 def derivation_checks() -> list[Check]:
     """What the method rests on, in float64; right-hand sides in nothing but exp, log and sums."""
     drawn = torch.randn(4, 3, 5, dtype=torch.float64, generator=make_generator("checks"))
@@ -778,21 +781,19 @@ def toy_model(cfg: Config):  # a GPT-NeoX that knows nothing yet, and a tokenize
     words = {word: i for i, word in enumerate(["<eos>", TLDR.strip(), *KEYS, *FILLERS])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<eos>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()  # one token a word
-    torch.manual_seed(cfg.seed)
     model = AutoModelForCausalLM.from_config(transformers.GPTNeoXConfig(
         vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=256, max_position_embeddings=32, bos_token_id=0, eos_token_id=0))
     return model, transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 def fit_texts(run: Run, stage: str, model, train: list, test: list) -> dict[str, Tensor]:
     """Stage 1 or 2, if it is still to do; then its losses and metrics on held-out texts, (N,)."""
-    cfg, (size, epochs, lr) = run.cfg, (
-        getattr(run.cfg, f"{stage}_{name}") for name in ("batch", "epochs", "lr"))
-    name, columns, limit, loss_of = {
-        "sft": ("prior", ("reference",), cfg.max_response_tokens, sft_loss),
-        "reward": (stage, ("chosen", "rejected"), cfg.max_comparison_tokens, preference_loss),
-    }[stage]
-    train, test = ([e for e in part if getattr(e, columns[0]) is not None]
-                   for part in (train, test))
+    cfg = run.cfg
+    name, columns, limit, loss_of, size, epochs, lr = {
+        "sft": ("prior", ("reference",), cfg.max_response_tokens, sft_loss,
+                cfg.sft_batch, cfg.sft_epochs, cfg.sft_lr),
+        "reward": (stage, ("chosen", "rejected"), cfg.max_comparison_tokens, preference_loss,
+                   cfg.reward_batch, cfg.reward_epochs, cfg.reward_lr)}[stage]
+    train, test = having(train, columns[0]), having(test, columns[0])
     if STAGES.index(run.state["stage"]) <= STAGES.index(stage):
         fit(run, stage, model, math.ceil(epochs * len(train) / size), lr, lambda step: (
             text_batches(run, [train[i] for i in draw(len(train), size, step, cfg.seed, stage)],
@@ -800,6 +801,7 @@ def fit_texts(run: Run, stage: str, model, train: list, test: list) -> dict[str,
         run.export(model, name)
     held_out = text_batches(run, test[: cfg.eval_prompts], columns, limit)
     return run_losses(run, model, held_out, loss_of, train=False)
+
 def prepare(run: Run) -> tuple:
     """Models and data, all read and found good before anything is written to the run's folder."""
     cfg, out, behind = run.cfg, run.out, STAGES.index(run.state["stage"])
@@ -810,16 +812,15 @@ def prepare(run: Run) -> tuple:
         reward, own = load(run, AutoModelForSequenceClassification, source)
         run.reward_tokenizer = own if own.get_vocab() != run.tokenizer.get_vocab() else None
     train, test = (load_task(cfg, part, run.tokenizer) for part in ("train", "test"))
-    for given, name, text, i in (
-            (cfg.prior, "prior", "reference", 1), (cfg.reward, "reward", "pair", 2)):
-        if not given and not all(any(e[i] is not None for e in part) for part in (train, test)):
-            refuse(f"--task {cfg.task} lacks a {text} in train or test; add some, or give --{name}")
+    for name, text in ("prior", "reference"), ("reward", "chosen"):
+        refuse_if(not (getattr(cfg, name) or (having(train, text) and having(test, text))),
+                  f"train or test has no row with a {text} text; add some, or give --{name}")
     with telling(f"--out {out} cannot be written"):
         out.mkdir(parents=True, exist_ok=True)
         size, free = 12e-9 * prior.num_parameters(), shutil.disk_usage(out).free / 1e9
         print(f"a state (weights, two moments) takes {size:.2g} GB, {free:.3g} GB are free")
-        if "config" not in run.state and free < 3 * size:  # two states and the models
-            refuse(f"--out {out} needs {3 * size:.3g} GB of free space")
+        refuse_if("config" not in run.state and free < 3 * size,  # two states and the models
+                  f"it needs {3 * size:.3g} GB of free space")
         (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
         with open(out / "metrics.jsonl", "a") as file:
             file.truncate(run.state.get("metrics", 0))
@@ -827,6 +828,7 @@ def prepare(run: Run) -> tuple:
         run.save("sft", 0)
     print(*(f"{name}={value}" for name, value in asdict(cfg).items()), flush=True)
     return prior, reward, train, test
+
 def execute(cfg: Config) -> dict:
     """Stages 1 to 4; the figures of the last line."""
     run, began = Run(cfg), time.time()
@@ -839,10 +841,8 @@ def execute(cfg: Config) -> dict:
         loss = fit_texts(run, "sft", prior, train, test)["loss"]
         notes += [f"Prior: {loss.mean():.3f} nats a token on {len(loss)} held-out references."]
     if not cfg.reward:  # stage 2
-        if reward is None:
-            torch.manual_seed(cfg.seed)  # decides the new head
-            source = cfg.prior or str(run.out / "prior")
-            reward = load(run, AutoModelForSequenceClassification, source, new_head=True)[0]
+        source = cfg.prior or str(run.out / "prior")
+        reward = reward or load(run, AutoModelForSequenceClassification, source, new_head=True)[0]
         right = fit_texts(run, "reward", reward, train, test)["accuracy"]
         notes += ["Reward model: {:.3f} [{:.3f}, {:.3f}] of {} held-out pairs right.".format(
             right.mean(), *wilson(right)[1], len(right))]
@@ -850,8 +850,8 @@ def execute(cfg: Config) -> dict:
     torch.backends.cuda.matmul.allow_tf32 = True  # fp32 heads: 10 bits of mantissa, bf16 has 7
     prior = prior.to(run.dtype)  # stage 3: the policy starts from the prior's rounded weights
     models = dict(prior=prior, reward=reward.to(run.dtype), policy=copy.deepcopy(prior).float())
-    train, test = ([e for e in part if e.reference is not None or cfg.task != "tldr"]
-                   for part in (train, test))  # no mere comparisons
+    if cfg.task == "tldr":  # no mere comparisons
+        train, test = having(train, "reference"), having(test, "reference")
     index = draw(len(test), min(cfg.eval_prompts, len(test)), 0, cfg.seed, "eval")
     held = sorted((test[i] for i in index), key=lambda e: len(run.tokenizer(e.prompt).input_ids))
     exact = enumerate_posterior(run, models, held[:16])
