@@ -23,7 +23,7 @@ Stages of `python brain.py --task toy|tldr|hh|jsonl`; a checkpoint that is given
 
 Departures from the paper: (1) its hyper-parameters could not be reached, the defaults are our own;
 (2) log q′ is the policy's score of the samples, not the sampler's own, so rounding cancels in β̂;
-(3) a response that never ends pays missing_eos_penalty wherever a reward is used."""
+(3) a response without end-of-text pays missing_eos_penalty; (4) sft averages nats over tokens."""
 
 import contextlib, copy, functools, gzip, inspect, itertools, json  # noqa: E401, I001
 import math, os, pickle, random, re, shutil, sys, time, zlib  # noqa: E401
