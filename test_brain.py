@@ -2431,25 +2431,32 @@ def test_a_killed_run_ends_as_if_it_had_not_been(unbroken, tmp_path):
     assert figures(stdout) == figures(unbroken[1])
 
 
-@pytest.mark.parametrize("at", ["first save", "tokenizer", "evaluation", "report"])
+def interrupt(*_, **__):
+    """Ctrl-C, at once; a signal may arrive a little later."""
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "at", ["first save", "first weights", "tokenizer", "evaluation", "report"])
 def test_stopped_between_stages(at, brief, brief_run, tmp_path, monkeypatch, capfd):
     """Catches what only the process that trained knows: a run is stopped before its first state,
     between the weights and the tokenizer of policy/, in the evaluation, before its report."""
     out, base = tmp_path / "run", transformers.PreTrainedTokenizerBase
 
-    def interrupt(real, when):
+    def stopped(real, when):
         def wrapped(*args, **options):
             if when(*args):
-                raise KeyboardInterrupt
+                interrupt()
             return real(*args, **options)
         return wrapped
 
     owner, name, when = {
         "first save": (torch, "save", lambda *_: True),
+        "first weights": (torch, "save", lambda state, *_: "model" in state),
         "tokenizer": (base, "save_pretrained", lambda *_: True),
         "evaluation": (brain, "sample", lambda *_: (out / "policy").exists()),
         "report": (Path, "write_text", lambda path, *_: path.name.startswith("report.md"))}[at]
-    monkeypatch.setattr(owner, name, interrupt(getattr(owner, name), when))
+    monkeypatch.setattr(owner, name, stopped(getattr(owner, name), when))
     assert "continue" in refused(capfd, [*SMALL, str(out), *brief], status=130)
     monkeypatch.undo()
     assert brain.main([*SMALL, str(out), *brief]) == 0
@@ -2484,10 +2491,6 @@ def test_another_run_in_the_folder(change, says, unbroken, capfd):
 
 def test_the_folder_is_claimed_before_the_first_step(tmp_path, capfd, monkeypatch):
     """Catches a run that dies before it saves weights, and then goes on as another run."""
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(brain, "brain_loss", interrupt)
     monkeypatch.setattr(brain, "text_batches", interrupt)
     assert "continue" in refused(capfd, [*SMALL, str(tmp_path / "run")], status=130)
     assert re.search("seed was 0, is 1", refused(
@@ -2574,7 +2577,7 @@ def test_full_disk(kind, brief, brief_run, tmp_path, capfd, monkeypatch):
 def test_full_disk_as_a_run_continues(brief, brief_run, tmp_path, capsys, monkeypatch):
     """Catches a run that writes over its own config.json before it knows that it can."""
     out = tmp_path / "run"
-    monkeypatch.setattr(torch, "save", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(torch, "save", interrupt)
     assert brain.main([*SMALL, str(out), *brief]) == 130  # Ctrl-C at the first save
     monkeypatch.undo()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
