@@ -1625,6 +1625,21 @@ def test_win_rates_are_those_of_all_pairs(world, known):
     assert abs(result["win_rate_vs_reference"] - exact.item()) < allowed
 
 
+def test_the_posteriors_own_row(world, known):
+    """Catches a posterior that loses to the prior, or is of another penalty or kl_coef: its row in
+    the report, an expectation, against all pairs of responses written out."""
+    p, r = known.log_prior.exp(), known.reward
+    q = (known.log_prior + r / 0.2).softmax(-1)  # (16, 85)
+    gap = r[:, :, None] - r[:, None]  # (16, 85, 85): the posterior's against the prior's
+    wins = (gap > 1e-4).double() + (gap.abs() <= 1e-4).double() / 2
+    exact = (q[:, :, None] * p[:, None] * wins).sum((1, 2)).mean().item()
+    report = (world[0].folder / "report.md").read_text().splitlines()
+    row = next(line for line in report if line.startswith("| posterior")).split("|")
+    assert exact > 0.55 and float(row[3].split()[0]) == pytest.approx(exact, abs=2e-3)
+    assert float(row[2]) == pytest.approx((q * r).sum(-1).mean().item(), abs=2e-3)
+    assert float(row[6]) == pytest.approx((q * known.ended).sum(-1).mean().item(), abs=2e-3)
+
+
 def test_proposal_is_frozen_between_refreshes(world):
     """Catches a proposal that follows the policy at each step, one that is never refreshed, and
     samples whose scores belong to others. Relies on brain_loss being called once a step."""
