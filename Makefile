@@ -1,6 +1,7 @@
 # make run: the toy task · make test: every test · make check: the derivations · make bench,
-# make ablation: the README's tables · make tldr: TL;DR on one CUDA GPU
-.PHONY: run test check bench ablation tldr
+# make compare: the README's tables · make gpu: what a GPU must show · make tldr: TL;DR on one GPU
+PYTHON ?= python3
+.PHONY: run test check bench compare gpu tldr
 
 run: .venv/ready
 	.venv/bin/python brain.py --task toy
@@ -14,11 +15,14 @@ check: .venv/ready
 bench: .venv/ready
 	.venv/bin/python test_brain.py bench
 
-ablation: .venv/ready
-	.venv/bin/python test_brain.py ablation
+compare: .venv/ready
+	.venv/bin/python test_brain.py compare
+
+gpu: .venv/ready
+	.venv/bin/python test_brain.py gpu
 
 tldr: .venv/ready
 	.venv/bin/python brain.py --task tldr
 
 .venv/ready: requirements.txt
-	python3 -m venv .venv && .venv/bin/pip install --quiet -r requirements.txt && touch $@
+	$(PYTHON) -m venv .venv && .venv/bin/pip install --quiet -r requirements.txt && touch $@

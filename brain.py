@@ -1,9 +1,9 @@
 """BRAIn: Bayesian reward-conditioned amortized inference, in one file (arXiv 2402.02479).
 
 Condition the supervised model p(y|x) on "this answer is good" (G = 1). Bayes' rule and a
-Bradley-Terry reward model r give the posterior p(y|x, G=1) ∝ p(y|x)·exp(r(x, y)/kl_coef), the
-optimum of E_q[r] − kl_coef·KL(q‖p). It can be weighed but not sampled from, so distil it: draw n
-answers to a prompt from a proposal q′ (the policy of a moment ago), weigh them by self-normalised
+reward model r give the posterior p(y|x, G=1) ∝ p(y|x)·exp(r(x, y)/kl_coef), the optimum of
+E_q[r] − kl_coef·KL(q‖p). It can be weighed but not sampled from, so distil it: draw n answers
+to a prompt from a proposal q′ (the policy of a moment ago), weigh them by self-normalised
 importance sampling (SNIS) and step the policy q_θ on KL(α̂ ‖ β̂), where
 
     α̂ = softmax(log p + r/kl_coef − log q′)   is the posterior's share of each of the n answers,
@@ -21,14 +21,38 @@ Stages of `python brain.py --task toy|tldr|hh|jsonl`; a checkpoint that is given
     3 brain   3.1 sample  3.2 score  3.3 weigh  3.4 step       out/TASK/policy
     4 eval    fresh samples on held-out prompts                out/TASK/report.md
 
-Departures from the paper: (1) its hyper-parameters could not be reached, the defaults are our own;
-(2) log q′ is the policy's score of the samples, not the sampler's own, so rounding cancels in β̂;
-(3) a response without end-of-text pays missing_eos_penalty; (4) sft averages nats over tokens."""
+Departures from the paper:
+    1 Its hyper-parameters could not be reached: the defaults are our own.
+    2 Prior, policy and posterior are all of softmax(logits/temperature), 0.7 on tldr.
+    3 The proposal is the policy of the last refresh, at a cadence of our own; the paper's
+      abstract describes the offline case, --proposal prior.
+    4 log q′ is the policy's score of the samples, not the sampler's own: rounding cancels in β̂.
+    5 A response without end-of-text pays missing_eos_penalty.
+    6 Supervised fine-tuning averages nats over a response's tokens.
+"""
 
-import contextlib, copy, functools, gzip, inspect, itertools, json  # noqa: E401, I001
-import math, os, pickle, random, re, shutil, sys, time, zlib  # noqa: E401
+import bisect
+import contextlib
+import copy
+import fcntl
+import gzip
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import re
+import runpy
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import zlib
 from collections import Counter, namedtuple
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,19 +60,25 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import errors, file_download, utils
-from safetensors import SafetensorError
+from huggingface_hub import file_download, utils
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+)
+
 
 @dataclass(frozen=True)
 class Config:
     """A run. Each field is a flag, its comment the flag's help; default < task's preset < flag."""
+
     task: Literal["toy", "tldr", "hh", "jsonl"] = "toy"  # what to learn, from which files
     base: str | None = None  # hub name or folder of a model to fine-tune into the prior
     prior: str | None = None  # hub name or folder of a supervised model: skips stage 1
-    reward: str | None = None  # hub name or folder of a reward model: skips stage 2
+    reward: str | None = None  # the same of a reward model, or FILE.py: skips stage 2
     data_dir: str | None = None  # where the data files lie, and where downloads go
     hh_subsets: list[str] = field(default_factory="harmless-base helpful-base".split)  # HH folders
     out: str | None = None  # the run's folder; out/TASK by default
@@ -79,32 +109,41 @@ class Config:
     proposal: Literal["lagged", "prior"] = "lagged"  # who samples: the policy, or the prior
     max_grad_norm: float = 1.0  # larger gradients are scaled down to this norm
     micro_batch_tokens: int = 16384  # tokens a forward pass; lower it if memory runs out
-    save_every: int = 0  # steps between saved states; 0: ten minutes
-    eval_prompts: int = 256  # held-out prompts of the evaluation, at least 2
+    save_every: int = 100  # steps between saved states, rounded up to whole refreshes
+    eval_prompts: int = 256  # held-out prompts of the evaluation, at least 3
     eval_samples: int = 4  # responses to each of them, at least 2
+
 # Presets hold differences only; those of tldr and hh are for 1B checkpoints on one H100 or H200.
 PRESETS = {
-    "toy": dict(max_prompt_tokens=16, max_response_tokens=4, max_comparison_tokens=4, kl_coef=0.4,
-                sft_lr=3e-3, sft_epochs=4, reward_lr=1e-3, reward_epochs=4, lr=2e-3, steps=400,
-                prompts_per_step=32, prompts_per_refresh=64, save_every=50),
-    "tldr": dict(prior="cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr", data_dir="data/tldr",
-                 reward="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr", temperature=0.7,
-                 max_response_tokens=53, max_comparison_tokens=169, sft_lr=3e-6, sft_batch=128),
-    "hh": dict(prior="lomahony/eleuther-pythia1b-hh-sft", data_dir="data/hh-rlhf")}
+    "toy": dict(
+        max_prompt_tokens=16, max_response_tokens=4, max_comparison_tokens=4, kl_coef=0.4,
+        sft_lr=3e-3, sft_epochs=4, reward_lr=1e-3, reward_epochs=4, lr=2e-3, steps=400,
+        prompts_per_refresh=64, save_every=50),
+    "tldr": dict(
+        prior="cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr", data_dir="data/tldr",
+        reward="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr", temperature=0.7,
+        max_response_tokens=53, max_comparison_tokens=169, sft_lr=3e-6, sft_batch=128),
+    "hh": dict(prior="lomahony/eleuther-pythia1b-hh-sft", data_dir="data/hh-rlhf"),
+    "jsonl": {},
+}
 
 # ---- The paper: pure functions of (B, n) log-probabilities and rewards, in their own dtype ------
-BRAIN = "posterior", "self_normalized"  # target and baseline, the only ones with a reverse
+
+BRAIN = ("posterior", "self_normalized")  # target and baseline, the only ones with a reverse
 Weights = namedtuple("Weights", "alpha_hat beta_hat")  # shares of the n samples, rows sum to 1
 
 def snis_weights(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, reward: Tensor,
                  kl_coef: float, target: str = "posterior") -> Weights:
     """Self-normalised importance weights, α̂ of the posterior, β̂ of the policy (section 4).
+
     Takes four (B, n) tensors: log-probabilities of whole responses in nats, and rewards in the
-    reward model's units. Raises ValueError for unequal shapes, kl_coef ≤ 0 or an unknown target."""
+    reward model's units. Raises ValueError for unequal shapes, kl_coef ≤ 0 or an unknown target.
+    """
     if not log_policy.shape == log_prior.shape == log_proposal.shape == reward.shape:
         raise ValueError("log_policy, log_prior, log_proposal and reward need one shape, (B, n)")
     if not kl_coef > 0:
         raise ValueError(f"kl_coef must be positive, not {kl_coef}")
+
     if target == "posterior":  # p(y|x, G=1) ∝ p(y|x)·exp(r/kl_coef), over q′; Z(x) cancels
         alpha_hat = (log_prior + reward / kl_coef - log_proposal).softmax(-1)  # (B, n)
     elif target == "argmax":  # kl_coef → 0: all weight on the highest reward, shared among ties
@@ -112,19 +151,25 @@ def snis_weights(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, re
         alpha_hat = best / best.sum(-1, keepdim=True)
     else:
         raise ValueError(f"target must be posterior or argmax, not {target!r}")
-    return Weights(alpha_hat, (log_policy - log_proposal).softmax(-1))  # (B, n) each
+
+    beta_hat = (log_policy - log_proposal).softmax(-1)  # (B, n)
+    return Weights(alpha_hat, beta_hat)
 
 def brain_loss(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, reward: Tensor,
                kl_coef: float, *, target: str = "posterior", baseline: str = "self_normalized",
                divergence: str = "forward") -> tuple[Tensor, Weights]:
     """BRAIn's loss, KL(α̂ ‖ β̂) by default, per prompt (B,) in nats, and the detached weights.
+
     Differentiable in log_policy alone, with gradient −Σᵢ (α̂ᵢ − bᵢ) ∇log q_θ(yᵢ). The baseline
-    b = ∂A/∂log q_θ(yᵢ), which is 0, exp(ρᵢ)/n or β̂ᵢ, comes of a term A(ρ) that estimates log of
-    Σ_y q_θ(y|x) = 1. Divergence "reverse" is KL(β̂ ‖ α̂), the policy-gradient side. Inputs and
-    errors: snis_weights; an unknown dial, or reverse with another dial turned: ValueError, too."""
+    b = ∂A/∂log q_θ(yᵢ), which is 0, exp(ρᵢ)/n or β̂ᵢ, comes of a term A(ρ) that estimates the
+    log of Σ_y q_θ(y|x) = 1. Divergence "reverse" is KL(β̂ ‖ α̂), the policy-gradient side. Inputs
+    and errors: snis_weights; an unknown dial, or reverse with another one turned: ValueError.
+    """
     log_prior, log_proposal, reward = log_prior.detach(), log_proposal.detach(), reward.detach()
     alpha, beta = snis_weights(log_policy, log_prior, log_proposal, reward, kl_coef, target)
-    rho, n = log_policy - log_proposal, reward.shape[-1]  # (B, n) ρ = log q_θ − log q′
+    rho = log_policy - log_proposal  # (B, n) ρ = log q_θ − log q′
+    n = rho.shape[-1]
+
     normaliser = {"none": torch.zeros_like(rho[..., 0]),  # A(ρ), (B,): DPG
                   "unnormalized": rho.exp().mean(-1) - 1,  # the log, linear at 1: GDC++
                   "self_normalized": rho.logsumexp(-1) - math.log(n)}  # the log: BRAIn
@@ -146,251 +191,329 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     return 1 / weights.square().sum(-1)
 
 # ---- Command line, and errors told in one line --------------------------------------------------
-class BadInput(ValueError):
-    """A user's mistake: exit status 2."""
-class Halt(Exception):
-    """A guard stopped the run, whose last state is kept: exit status 1."""
-def refuse_if(wrong, why: str) -> None:
+
+LEAST = dict(seed=0, missing_eos_penalty=0, samples_per_prompt=2, eval_samples=2, eval_prompts=3)
+
+class Stop(Exception):
+    """Ends the program with one line; status 2 for a user's mistake, 1 for a guard."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+class explain:
+    """What fails inside the block ends the program in one line that begins with `what`."""
+
+    def __init__(self, what, status=2):
+        self.what = what
+        self.status = status
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, Exception) and not isinstance(error, torch.OutOfMemoryError):
+            status = error.status if isinstance(error, Stop) else self.status
+            raise Stop(f"{self.what}: {first_line(error)}", status) from error
+
+def first_line(error):
+    """What an error says, in one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+def refuse_if(wrong, why):
+    """Stop for a user's mistake."""
     if wrong:
-        raise BadInput(why)
-def bar(items, what: str, **options) -> tqdm:  # of progress; quiet where nobody looks
+        raise Stop(why)
+
+def bar(items, what, **options):
+    """A progress bar, where somebody looks."""
     return tqdm(items, what, disable=not sys.stdout.isatty(), **options)
-ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError,
-          EOFError, zlib.error, pickle.UnpicklingError, SafetensorError, errors.HTTPError)
-@contextlib.contextmanager
-def telling(what: str, kind=BadInput):  # one line for what files, checkpoints and disks do wrong
-    try:
-        yield
-    except ERRORS as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise kind(f"{what}: {reason}") from error
+
 def parse_config(argv: list[str] | None = None) -> Config:
-    """The resolved configuration of a command line, or BadInput before anything is loaded."""
-    parser = transformers.HfArgumentParser(Config, allow_abbrev=False, prog="brain.py")
-    parser.error = functools.partial(refuse_if, True)  # not usage text and SystemExit
+    """The resolved configuration of a command line; Stop before anything is loaded."""
+    parser = HfArgumentParser(Config, allow_abbrev=False, add_help=False, prog="brain.py")
+    parser.error = partial(refuse_if, True)  # one line, no usage text
+    given, _ = parser.parse_known_args(argv)  # what the user said, without a preset
+    preset = PRESETS[given.task] | dict(out=given.out or f"out/{given.task}")
+    if given.base:
+        preset |= dict(prior=None, reward=None)
+    parser.set_defaults(**preset)
+
+    parser.add_argument("--help", action="help")
     comments = dict(re.findall(r" (\w+): .*  # (.*)", inspect.getsource(Config)))
-    for action in parser._actions:  # --help shows the comments of Config
+    for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
-    given = parser.parse_args(argv)  # what the user said, without a preset
-    preset = PRESETS.get(given.task, {}) | dict(out=f"out/{given.task}")
-    parser.set_defaults(**preset | (dict(prior=None, reward=None) if given.base else {}))
-    cfg = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+    with explain("command line"):
+        cfg = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+        check_config(cfg)
+    return cfg
+
+def check_config(cfg):
+    """Stop for values that no run could have."""
     for name, value in asdict(cfg).items():
-        least = 1 if type(value) is int else 1e-12
-        least += name in ("samples_per_prompt", "eval_samples", "eval_prompts")  # for a variance
-        least *= name not in ("seed", "save_every", "missing_eos_penalty")
-        refuse_if(type(value) in (int, float) and not least <= value < 2**63,
-                  f"--{name} must be positive and finite (at least {least}), not {value}")
+        refuse_if(value == "", f"--{name} is empty; is a variable unset?")
+        if type(value) in (int, float):
+            least = LEAST.get(name, 1 if type(value) is int else 1e-12)
+            refuse_if(not least <= value <= 10**9,
+                      f"--{name} must be between {least} and {10**9}, not {value}")
     refuse_if(cfg.base and cfg.prior, "--base is made into the prior: give no --prior beside it")
+    refuse_if(cfg.task != "toy" and not (cfg.base or cfg.prior), "--base or --prior is needed")
+    refuse_if(cfg.task == "tldr" and not cfg.reward, "tldr has no comparisons: --reward is needed")
+    refuse_if(cfg.task == "jsonl" and not cfg.data_dir, "--data_dir with train.jsonl is needed")
     refuse_if(cfg.prompts_per_refresh % cfg.prompts_per_step,
               "--prompts_per_refresh must be a multiple of --prompts_per_step")
     refuse_if(cfg.divergence == "reverse" and (cfg.target, cfg.baseline) != BRAIN,
               f"--divergence reverse needs --target {BRAIN[0]} and --baseline {BRAIN[1]}")
-    refuse_if(cfg.task != "toy" and not (cfg.base or cfg.prior), "--base or --prior is needed")
-    refuse_if(cfg.task == "jsonl" and not cfg.data_dir, "--data_dir with train.jsonl is needed")
-    return cfg
 
 # ---- Data: four tasks, one Example --------------------------------------------------------------
+
 TLDR_URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
 HH_URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
 POST, TLDR, TURN = "\n\nPOST: ", "\n\nTL;DR:", "\n\nAssistant:"
 KEYS, FILLERS = "sun moon star rain".split(), "the a of in".split()
 Example = namedtuple("Example", "prompt reference chosen rejected", defaults=[None] * 3)  # texts
 
-def fetch(path: Path, url: str) -> Path:  # downloaded if absent: to a temporary name, resumed
+def fetch(cfg, url, name):
+    """The path of file NAME below --data_dir, downloaded from url/NAME if it is absent."""
+    path, url = Path(cfg.data_dir, name), f"{url}/{name}"
     if not path.exists():
-        with telling(f"{path} is absent (--data_dir names its folder), {url} cannot be fetched"):
+        with explain(f"{path} is absent (--data_dir names its folder), {url} cannot be fetched"):
             size = file_download.get_hf_file_metadata(url).size  # bytes, which http_get checks
             print(f"fetching {url}, {(size or 0) / 1e6:.1f} MB, to {path}", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path.with_name(path.name + ".part"), "ab") as part:
+            with open(f"{path}.part", "ab") as part:  # all of it, or the rest
                 file_download.http_get(url, part, resume_size=part.tell(), expected_size=size)
-            Path(part.name).rename(path)
+            os.rename(part.name, path)
     return path
-def read_lines(path: Path):  # yields (line, "file:line") of a .jsonl or .jsonl.gz file
+
+def read_rows(path, parse):
+    """Yields parse(row) of a .jsonl or .jsonl.gz file; errors say file:line."""
     opener = gzip.open if path.suffix == ".gz" else open  # a truncated .gz is an error, too
-    with telling(path), opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            yield line, f"{path}:{number}"
-def text_at(row: dict, *keys: str | int) -> str:  # row[key][key]…, which must be text
-    with telling(f"no text at {'.'.join(map(str, keys))}"):
-        text = functools.reduce(lambda at, key: at[key], keys, row)
-        return text.encode().decode()  # refuses what is no string, and lone surrogates
-def parse_jsonl(row: dict) -> Example:  # a user's row, of Example's fields
+    with explain(path) as place:
+        refuse_if(path.exists() and not path.is_file(), "it is no file")
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                place.what = f"{path}:{number}"
+                row = json.loads(line) if line.strip() else None
+                refuse_if(not isinstance(row, dict | None), "a row must be a JSON object")
+                if row:
+                    yield parse(row)
+
+def text_at(row, key):
+    """row[key], which must be text."""
+    refuse_if(not isinstance(row.get(key), str), f"it has no text named {key}")
+    return row[key].encode().decode()  # refuses lone surrogates
+
+def parse_example(row):
+    """A user's row, of Example's fields."""
     given = {key: text_at(row, key) for key in Example._fields if row.get(key) is not None}
-    refuse_if(not given.get("prompt", "").strip() or ("chosen" in given) != ("rejected" in given),
-              "a row needs a prompt, and chosen and rejected need each other")
+    refuse_if(not given.get("prompt", "").strip(), "a row needs a prompt")
+    refuse_if(("chosen" in given) != ("rejected" in given), "chosen and rejected need each other")
     return Example(**given)
-def parse_dialogue(row: dict) -> Example | None:  # of HH; None where prompts differ
-    good, bad = (text_at(row, key).rpartition(TURN) for key in ("chosen", "rejected"))
-    if good[:2] != bad[:2] or not (good[1] and good[2].strip() and bad[2].strip()):
+
+def parse_dialogue(row):
+    """A row of HH, cut at its last turn; None where prompts differ or an answer is empty."""
+    prompt, turn, chosen = text_at(row, "chosen").rpartition(TURN)
+    other, _, rejected = text_at(row, "rejected").rpartition(TURN)
+    if prompt != other or not (turn and chosen.strip() and rejected.strip()):
         return None
-    return Example(good[0] + TURN, good[2], good[2], bad[2])  # a response starts with a space
-def parse_post(row: dict) -> Example | None:
-    """A row of tldr_3_filtered or of the comparisons; None for news and for empty summaries."""
-    info, choice, paths = row.get("info", row), row.get("choice"), [("summary",)]  # of a post
-    if isinstance(info, dict) and "article" in info:
-        return None
-    subreddit, title, post = (text_at(info, key) for key in ("subreddit", "title", "post"))
-    if info is not row:  # a comparison has no reference; the chosen summary comes first
-        refuse_if(type(choice) is not int or choice not in (0, 1),
-                  f"choice must be 0 or 1, not {choice!r}")
-        paths = [("summaries", i, "text") for i in (choice, 1 - choice)]
-    texts = [" " + text_at(row, *path).strip() for path in paths]  # one leading space
+    return Example(prompt + turn, chosen, chosen, rejected)  # a response starts with a space
+
+def parse_post(row):
+    """A row of tldr_3_filtered, as a query; None for an empty summary."""
+    subreddit, title, post, summary = (
+        text_at(row, key) for key in ("subreddit", "title", "post", "summary"))
     prompt = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}{POST}{post}{TLDR}"
-    return None if " " in texts else Example(prompt, *[None] * (len(texts) - 1), *texts)
-def shorten(prompt: str) -> str:  # less its post's last line, or last character; "" if none is left
-    head, marker, post = prompt.removesuffix(TLDR).partition(POST)
-    return head + marker + post[: post.rfind("\n")] + TLDR if post else ""
-def toy_rows(rng: random.Random, rows: int):  # a good summary lists a post's key words once
-    for _ in range(rows):
-        keys = rng.sample(KEYS, rng.randint(1, 3))  # what the post is about
+    return Example(prompt, " " + summary.strip()) if summary.strip() else None
+
+def toy_examples(cfg, split):
+    """Yields prompts of six words, some of them key words: a good summary lists each of these."""
+    rng = random.Random(f"{cfg.seed} {split}")
+    for _ in range(2048 if split == "train" else 512):
+        keys = rng.sample(KEYS, rng.randint(1, 3))
         words = rng.sample(keys + rng.choices(FILLERS, k=6 - len(keys)), 6)
         drafts = [rng.sample(keys, len(keys)) for _ in range(3)]  # reference, chosen, rejected
         for draft in drafts * 2:  # people slip: a word too many, a wrong one, or one for two
             if rng.random() < 0.5:
                 at = rng.randrange(len(draft))
                 draft[at : at + rng.choice([0, 1, 2])] = [rng.choice(KEYS + FILLERS)]
+
         worth = [2 * len(set(draft) & set(keys)) - len(draft) for draft in drafts]
         if rng.random() < 1 / (1 + math.exp(2 * (worth[1] - worth[2]))):  # and judges are noisy
             drafts[1:] = drafts[2], drafts[1]  # the worse one is chosen
         yield Example(" ".join([*words, TLDR.strip()]), *map(" ".join, drafts))
-def task_rows(cfg: Config, split: str):  # yields a split's Examples; None for its own broken rows
+
+def read_examples(cfg, split):
+    """Yields the Examples of a split; None for rows that the data set itself has broken."""
     if cfg.task == "toy":
-        yield from toy_rows(random.Random(f"{cfg.seed} {split}"), 2048 if split == "train" else 512)
-    pairs = () if cfg.reward else (*range(3, 21), 22)  # numbers of the files of comparisons
-    url, parse, names = {
-        "toy": ("", None, []), "jsonl": ("", parse_jsonl, [f"{split}.jsonl"]),
-        "hh": (HH_URL, parse_dialogue, [f"{name}/{split}.jsonl.gz" for name in cfg.hh_subsets]),
-        "tldr": (TLDR_URL, parse_post, [f"datasets/tldr_3_filtered/{split}.jsonl", *(
-            f"dataset/comparisons/batch{i}.json" for i in pairs)])}[cfg.task]
-    for name in names:  # toy has no files
-        path = Path(cfg.data_dir, name)
-        for line, where in read_lines(fetch(path, f"{url}/{name}") if url else path):
-            with telling(where):
-                row = json.loads(line)
-                refuse_if(not isinstance(row, dict), "a row must be a JSON object")
-                in_train = row.get("split", split) == "train"  # of comparisons: or valid1, valid2
-                if cfg.task != "tldr" or in_train == (split == "train"):
-                    yield parse(row)
+        yield from toy_examples(cfg, split)
+    elif cfg.task == "jsonl":
+        yield from read_rows(Path(cfg.data_dir, f"{split}.jsonl"), parse_example)
+    elif cfg.task == "tldr":
+        name = f"datasets/tldr_3_filtered/{split}.jsonl"
+        yield from read_rows(fetch(cfg, TLDR_URL, name), parse_post)
+    else:
+        for subset in cfg.hh_subsets:
+            yield from read_rows(fetch(cfg, HH_URL, f"{subset}/{split}.jsonl.gz"), parse_dialogue)
+
+def shorten(prompt, fits):
+    """A TL;DR prompt less its post's last lines, then less its only line's last characters.
+
+    Of all these cuts the longest that fits, by bisection; "" where none does.
+    """
+    head, marker, post = prompt.removesuffix(TLDR).partition(POST)
+    lines = [i for i, letter in enumerate(post) if letter == "\n"] or [len(post)]
+    cuts = [*lines[:0:-1], *range(lines[0], -1, -1)]  # ever shorter
+    best = bisect.bisect_left(cuts, True, key=lambda cut: fits(f"{head}{marker}{post[:cut]}{TLDR}"))
+    return f"{head}{marker}{post[: cuts[best]]}{TLDR}" if best < len(cuts) else ""
+
 def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
     """The examples of a split ("train" or "test"), their prompts within max_prompt_tokens.
-    Others are cut (tldr) or skipped, as are rows that the data set itself has broken; BadInput."""
+
+    Others are cut (tldr) or skipped, as are rows that the data set itself has broken; both are
+    counted. Stop for a row that breaks its format, and where too few remain.
+    """
+    def fits(prompt):
+        return 0 < len(tokenizer(prompt).input_ids) <= cfg.max_prompt_tokens
+
     examples, broken, long = [], 0, 0
-    for example in bar(task_rows(cfg, split), f"reading {split}"):
+    for example in bar(read_examples(cfg, split), f"reading {split}"):
         prompt = example.prompt if example else ""
-        while prompt and len(tokenizer(prompt).input_ids) > cfg.max_prompt_tokens:
-            prompt = shorten(prompt) if cfg.task == "tldr" else ""
-        examples += [example._replace(prompt=prompt)] if prompt else []
-        broken, long = broken + (not example), long + bool(example and not prompt)
+        if prompt and not fits(prompt):
+            prompt = shorten(prompt, fits) if cfg.task == "tldr" else ""
+        if prompt:
+            examples.append(example._replace(prompt=prompt))
+        broken += not example
+        long += bool(example and not prompt)
+
     said = f"{cfg.task} {split}: {len(examples)} examples ({broken} broken, {long} too long)"
     print(said, flush=True)
-    refuse_if(len(examples) <= (split == "test"), f"too few usable rows: {said}")
+    refuse_if(len(examples) < (3 if split == "test" else 1), f"too few usable rows: {said}")
     return examples
-def having(examples: list[Example], text: str) -> list[Example]:  # those with this text
-    return [example for example in examples if getattr(example, text) is not None]
-def encode(tokenizer, texts: list[str], limit: int | None = None) -> list[list[int]]:
-    """Ids of prompts, special tokens included; or of responses with eos, all cut to the limit."""
-    ids = tokenizer(texts, add_special_tokens=limit is None).input_ids if texts else []
-    return ids if limit is None else [(y + [tokenizer.eos_token_id])[:limit] for y in ids]
+
+def with_text(examples, name):
+    """Those of the examples that have a text of this name."""
+    return [example for example in examples if getattr(example, name) is not None]
+
+def encode(tokenizer, texts, limit=None):
+    """Ids of prompts, special tokens included; or of responses with one eos, cut to the limit."""
+    ids = tokenizer(texts, add_special_tokens=limit is None).input_ids
+    if limit is None:
+        return ids
+    eos = tokenizer.eos_token_id
+    return [(y if y[-1:] == [eos] else [*y, eos])[:limit] for y in ids]
 
 # ---- Models, and one layout for all of them: one prompt, n branches -----------------------------
 # The n responses to a prompt share it. Its keys and values are computed once, into a cache; then
-# the branches are fed, g of them to a row, token by token: column c of a row is token c // g of
-# branch c % g. A branch begins with the prompt's last token x₃, whose output predicts y₁. Here are
-# g = 2 branches a and b, left padding ·, and the mask, in which # is "sees":
-#                        ·  x₁ x₂    x₃ᵃ x₃ᵇ y₁ᵃ y₁ᵇ y₂ᵃ y₂ᵇ       (cache, then row of branches)
-#          predicts y₁ᵇ     #  #         #
-#          predicts y₂ᵃ     #  #     #       #
-#          predicts y₂ᵇ     #  #         #       #
-# Sampling feeds one token of all branches at a time (g = n), scoring all columns at once with g =
-# gcd(n, 4), the fastest (README, "The cost of a step"): P + nR tokens, where rows cost n(P + R).
-MASKED = torch.finfo(torch.bfloat16).min  # finite in bf16 and fp32: rows of padding make no NaN
+# the branches are fed, g of them to a row. A branch begins with the prompt's last token x₃, whose
+# output predicts y₁. Here are g = 2 branches a and b, left padding ·, and who sees (#) what:
+#                        ·  x₁ x₂    x₃ᵃ y₁ᵃ y₂ᵃ x₃ᵇ y₁ᵇ y₂ᵇ       (cache, then row of branches)
+#          predicts y₁ᵃ     #  #     #
+#          predicts y₂ᵃ     #  #     #   #
+#          predicts y₂ᵇ     #  #                 #   #
+# Scoring feeds whole branches, g = gcd(n, 4) to a row, the fastest (README, "The cost of a step");
+# sampling a token of each of the n at a time. P + nR tokens, where rows cost n(P + R).
+
+MASKED = torch.finfo(torch.bfloat16).min  # finite in bf16 and fp32
+
 class Batch(NamedTuple):
     """B prompts with n responses each, padded. A mask says what is real: pad may equal eos."""
-    prompt: Tensor  # (B, P) left-padded, without its last token
+
+    prompt: Tensor  # (B, P) left-padded by one token or more, without its last token
     real: Tensor  # (B, P) False on padding
     branch: Tensor  # (B, n, 1 + R) the prompt's last token, then the response, right-padded
     length: Tensor  # (B, n) tokens of each response
     ids: tuple  # the prompts and responses, as they were given
+    examples: list[Example]  # the rows that the prompts are of, where a run has made the batch
     scores: dict[str, Tensor]  # what is known of the responses, (B, n) each
-def pack(prompts: list[list[int]], responses: list[list[list[int]]], device="cpu") -> Batch:
-    """Ids of B prompts, a token or more each, and of n responses to each (with eos, if they end).
-    Raises ValueError for an empty prompt or a ragged n."""
+
+def pack(prompts, responses, device="cpu") -> Batch:
+    """Lists of ids, of B prompts, a token or more each, and of n responses to each, eos included.
+
+    Raises ValueError for an empty prompt or a ragged n.
+    """
     if not all(prompts) or len({len(ys) for ys in responses}) != 1:
         raise ValueError("pack needs prompts of a token or more, and n responses to each")
-    P, R = max(2, *map(len, prompts)) - 1, max(len(y) for ys in responses for y in ys)
-    prompt = [[0] * (P + 1 - len(x)) + x[:-1] for x in prompts]  # (B, P)
-    real = [[False] * (P + 1 - len(x)) + [True] * (len(x) - 1) for x in prompts]  # (B, P)
-    branch = [[x[-1:] + y + [0] * (R - len(y)) for y in ys]  # (B, n, 1 + R)
-              for x, ys in zip(prompts, responses, strict=True)]
-    tensors = prompt, real, branch, [[len(y) for y in ys] for ys in responses]
-    return Batch(*(torch.tensor(x, device=device) for x in tensors), (prompts, responses), {})
-def fold(x: Tensor, g: int) -> Tensor:  # (B, n, T) branches to (B·n/g, T·g) rows
-    return x.reshape(-1, g, x.shape[-1]).transpose(1, 2).flatten(1)
-def unfold(x: Tensor, g: int, n: int) -> Tensor:  # (B·n/g, T·g) rows to (B, n, T) branches
-    return x.unflatten(1, (-1, g)).transpose(1, 2).reshape(-1, n, x.shape[1] // g)
-def feed(model, cache, batch: Batch, tokens: Tensor, g: int, first: int = 0):
-    """The model's output for the branches' tokens (B, n, T) from `first` on, g branches a row."""
-    (B, n, T), device = tokens.shape, tokens.device
-    if first == 0:  # keys and values of the prompts, with gradients, then a copy for each row
-        position = (batch.real.cumsum(-1) - 1).clamp(min=0)  # (B, P)
-        model.base_model(batch.prompt, attention_mask=batch.real.long(), position_ids=position,
-                         use_cache=True, past_key_values=cache)
-        cache.batch_repeat_interleave(n // g)
-    step = torch.arange(first + T, device=device)  # a token sees its branch, up to itself
-    own = torch.kron(step <= step[first:, None], torch.eye(g, device=device).bool())  # (T·g, …)
-    see = torch.cat([batch.real[:, None].expand(-1, T * g, -1), own.expand(B, -1, -1)], -1)
+    rows = [x[-1:] + y for x, ys in zip(prompts, responses, strict=True) for y in ys]  # (B·n)
+    tensor, pad = torch.tensor, partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    prompt = pad([tensor([0, *x[:-1]]) for x in prompts], padding_side="left")  # (B, P)
+    known = tensor([len(x) - 1 for x in prompts])  # (B,)
+    real = torch.arange(prompt.shape[1], 0, -1) <= known[:, None]  # (B, P)
+    branch = pad([tensor(row) for row in rows]).unflatten(0, (len(prompts), -1))
+    length = tensor([len(row) - 1 for row in rows]).view(branch.shape[:2])
+    tensors = (x.to(device) for x in (prompt, real, branch, length))
+    return Batch(*tensors, (prompts, responses), [], {})
+
+def attend(model, cache, tokens, position, see):
+    """The model's output for tokens (rows, T), which see (rows, T, cached + T) of cache and row."""
     # added to the attention scores: a boolean mask would be silently wrong under eager attention
-    mask = torch.zeros(see.shape, dtype=model.dtype, device=device).masked_fill(~see, MASKED)
-    position = batch.real.sum(-1, keepdim=True) + step[first:].repeat_interleave(g)  # (B, T·g)
-    mask, position = (x.repeat_interleave(n // g, 0) for x in (mask[:, None], position))
-    return model(fold(tokens, g), attention_mask=mask, position_ids=position, use_cache=True,
+    mask = torch.zeros(see.shape, dtype=model.dtype, device=see.device).masked_fill(~see, MASKED)
+    return model(tokens, attention_mask=mask[:, None], position_ids=position, use_cache=True,
                  past_key_values=cache)
 
-def sequence_log_prob(model, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """log q(y|x) of each response, (B, n), in nats, fp32, differentiable."""
-    _, n, R = batch.branch[..., 1:].shape
-    g = math.gcd(n, 4)
-    output = feed(model, transformers.DynamicCache(), batch, batch.branch[..., :-1], g)
-    logits = output.logits.float() / temperature  # (B·n/g, R·g, V)
-    target = fold(batch.branch[..., 1:], g)  # (B·n/g, R·g)
-    token = -F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-    real = torch.arange(R, device=target.device) < batch.length[..., None]  # (B, n, R)
-    return unfold(token.view_as(target), g, n).where(real, 0).sum(-1)
+def prefill(model, batch, copies):
+    """A cache with the prompts' keys and values, with gradients, each in so many rows."""
+    cache, step = transformers.DynamicCache(), torch.arange(batch.prompt.shape[1])
+    step = step.to(batch.real.device)
+    see = batch.real[:, None] & (step <= step[:, None])  # (B, P, P)
+    see |= step == step[:, None]  # padding sees itself: no row of attention is empty
+    position = (batch.real.cumsum(-1) - 1).clamp(min=0)  # (B, P)
+    attend(model.base_model, cache, batch.prompt, position, see)
+    cache.batch_repeat_interleave(copies)
+    return cache
 
-def score_reward(reward_model, batch: Batch, tokenizer=None, reward_tokenizer=None) -> Tensor:
-    """The raw reward of each response, (B, n), fp32, read at its last token; differentiable. Models
-    of another vocabulary read texts, with their own eos or as pairs: then pass both tokenizers."""
-    if reward_tokenizer:
-        prompts, *responses = (tokenizer.batch_decode(ids, skip_special_tokens=True)
-                               for ids in (batch.ids[0], *batch.ids[1]))  # B, then n of each
-        if not hasattr(reward_model, "score"):  # no decoder
-            pairs = [(x, y) for x, ys in zip(prompts, responses, strict=True) for y in ys]
-            rows = reward_tokenizer(pairs, padding=True, truncation="only_first",
-                                    return_tensors="pt").to(reward_model.device)
-            return reward_model(**rows).logits.float().view(batch.length.shape)
-        responses = [encode(reward_tokenizer, ys, sys.maxsize) for ys in responses]
-        batch = pack(encode(reward_tokenizer, prompts), responses, reward_model.device)
-    n, model, cache = batch.branch.shape[1], reward_model.base_model, transformers.DynamicCache()
-    g = math.gcd(n, 4)
-    hidden = feed(model, cache, batch, batch.branch, g).last_hidden_state  # (B·n/g, (1 + R)·g, …)
-    score = unfold(reward_model.score(hidden).squeeze(-1).float(), g, n)  # (B, n, 1 + R)
+def feed(model, cache, batch, tokens, own, step):
+    """The model's output for rows of tokens (B·n/g, T), each at its step (T,) of its branch.
+
+    A token sees its prompt, and what `own` (T, …) allows of its row.
+    """
+    T, copies = len(own), len(tokens) // len(batch.prompt)
+    prompt = batch.real[:, None].expand(-1, T, -1)  # (B, T, P)
+    see = torch.cat([prompt, own.expand(len(prompt), -1, -1)], -1)  # (B, T, P + …)
+    position = (batch.real.sum(-1, keepdim=True) + step).expand(-1, T)  # (B, T)
+    position, see = (x.repeat_interleave(copies, 0) for x in (position, see))
+    return attend(model, cache, tokens, position, see)
+
+def feed_branches(part, model, batch, tokens, g=0):
+    """The output of the model's part for branches (B, n, T), g to a row."""
+    n, T = tokens.shape[1:]
+    g = g or math.gcd(n, 4)
+    own = torch.block_diag(*[torch.ones(T, T).tril()] * g).bool().to(tokens.device)
+    step = torch.arange(T, device=tokens.device).repeat(g)
+    return feed(part, prefill(model, batch, n // g), batch, tokens.reshape(-1, g * T), own, step)
+
+def sequence_log_prob(model, batch: Batch, temperature: float = 1.0, g: int = 0) -> Tensor:
+    """log q(y|x) of each response, (B, n), in nats, fp32, differentiable."""
+    target = batch.branch[..., 1:]  # (B, n, R)
+    output = feed_branches(model, model, batch, batch.branch[..., :-1], g)
+    logits = output.logits.float().flatten(0, 1) / temperature  # (B·n·R, V)
+    token = -F.cross_entropy(logits, target.flatten(), reduction="none").view(target.shape)
+    real = torch.arange(target.shape[2], device=target.device) < batch.length[..., None]
+    return token.where(real, 0).sum(-1)
+
+def score_reward(reward_model, batch: Batch) -> Tensor:
+    """The raw reward of each response, (B, n), fp32, read at its last token; differentiable."""
+    output = feed_branches(reward_model.base_model, reward_model, batch, batch.branch)
+    score = reward_model.score(output.last_hidden_state).float().view(batch.branch.shape)
     return score.gather(-1, batch.length[..., None]).squeeze(-1)
+
 @torch.no_grad()
-def sample(model, prompts: list[list[int]], n: int, max_new_tokens: int, *, eos_id: int,
-           temperature: float = 1.0, generator=None) -> tuple[list[list[list[int]]], Tensor]:
+def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id: int, temperature: float = 1.0,
+           generator=None) -> tuple[list, Tensor]:
     """n responses to each prompt from softmax(logits / temperature), nothing truncated.
+
     Returns their ids (B, n), eos included unless cut at max_new_tokens, and log q′ (B, n) in fp32.
-    With a list of generators, one per prompt, a prompt's samples do not depend on the others."""
-    batch = pack(prompts, [[[]] * n for _ in prompts], model.device)  # branches hold the last token
+    With a list of generators, one per prompt, a prompt's samples do not depend on the others.
+    """
     generators = generator if isinstance(generator, list) else [generator] * len(prompts)
     uniform = torch.stack([torch.rand(n, max_new_tokens, generator=g, dtype=torch.float64)
                            for g in generators]).to(model.device)  # (B, n, R)
-    cache, ids, tokens = transformers.DynamicCache(), batch.branch, []  # ids: (B, n, 1)
+    batch = pack(prompts, [[[]] * n for _ in prompts], model.device)
+    cache, ids, tokens = prefill(model, batch, 1), batch.branch, []  # ids: last tokens, (B, n, 1)
     log_q, ended = torch.zeros(ids.shape, device=model.device), torch.zeros_like(ids).bool()
     for step in range(max_new_tokens):
-        logits = feed(model, cache, batch, ids, n, step).logits.float()  # (B, n, V)
+        own = torch.eye(n, device=ids.device).bool().repeat(1, step + 1)  # (n, n·(step + 1))
+        logits = feed(model, cache, batch, ids.flatten(1), own, step).logits.float()  # (B, n, V)
         log_p = (logits / temperature).log_softmax(-1)  # (B, n, V), fp32
         cdf = log_p.double().exp().cumsum(-1)  # (B, n, V), fp64
         ids = torch.searchsorted(cdf, uniform[..., step, None] * cdf[..., -1:], right=True)
@@ -400,181 +523,383 @@ def sample(model, prompts: list[list[int]], n: int, max_new_tokens: int, *, eos_
         ended |= ids == eos_id
         if ended.all():
             break
-    rows = torch.cat(tokens, -1).tolist()  # (B, n, R)
-    return [[[token for token in y if token >= 0] for y in ys] for ys in rows], log_q.squeeze(-1)
-def fp32_linear(head, hidden: Tensor) -> Tensor:  # bf16 logits would cost 0.2 nats over 53 tokens
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = F.linear(hidden.float(), head.weight.float())
-        return logits if head.bias is None else logits + head.bias.float()
-def check_branches(model, P: int, R: int) -> None:  # BadInput if plain rows score otherwise
-    ids = torch.randint(model.config.vocab_size, (2, P + R), generator=make_generator(0))
-    ids = torch.cat([ids[[0, 0], :P], ids[:, P:]], 1).to(model.device)  # one prompt, two responses
-    batch = pack(ids[:1, :P].tolist(), [ids[:, P:].tolist()], model.device)
-    if hasattr(model, "score"):
-        packed = score_reward(model, batch)
-        plain = model.score(model.base_model(ids).last_hidden_state)[:, -1, 0]
-    else:
-        packed, log_p = sequence_log_prob(model, batch), model(ids).logits.log_softmax(-1)
-        plain = log_p[:, P - 1 : -1].gather(-1, ids[:, P:, None]).sum((1, 2))
-    gap = (packed[0] - plain).abs().max().item()  # measured: 1e-4; NaN fails
-    refuse_if(not gap < 1e-3, f"{model.config.model_type} branches miss rows by {gap:.3g}")
 
-def load(run, kind, name: str | None, new_head: bool = False):
-    """A frozen fp32 model, dropout off, and its tokenizer; BadInput where they do not fit."""
-    cfg, reward = run.cfg, kind is AutoModelForSequenceClassification
-    torch.manual_seed(cfg.seed)  # decides what is not read from a file
-    with telling(f"{name or 'the toy model'} cannot be used"):
-        if name:
-            safe = dict(trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left", **safe)
-            safe |= dict(dtype=torch.float32) | (dict(num_labels=1) if new_head else {})
-            model, info = kind.from_pretrained(name, output_loading_info=True, **safe)
-        else:
-            (model, tokenizer), info = toy_model(cfg), {"missing_keys": []}
-        P, R, C = cfg.max_prompt_tokens, cfg.max_response_tokens, cfg.max_comparison_tokens
-        longest, lacking = P + max(R, 0 if cfg.reward else C), sorted(info["missing_keys"])[:1]
-        context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-        tokenizer.model_max_length = min(tokenizer.model_max_length, context)
-        refuse_if(lacking and not new_head, f"it lacks {lacking}: was it trained for another use?")
-        refuse_if(reward and model.config.num_labels != 1, "it has not one label, as a reward has")
-        refuse_if(len(tokenizer) <= len(tokenizer.all_special_ids), "it has no tokenizer")
-        refuse_if(len(tokenizer) > model.config.vocab_size, "it has more tokens than embeddings")
-        refuse_if(not reward and tokenizer.eos_token_id is None, "it has no end-of-text token, eos")
-        refuse_if(not reward and longest > context,
-                  f"its context is {context} tokens, not {longest}: lower --max_prompt_tokens, "
-                  "--max_response_tokens, --max_comparison_tokens")
-        model = model.eval().requires_grad_(False).to(run.device)
-        if head := getattr(model, "score", None) or model.get_output_embeddings():  # a decoder
-            head.forward = functools.partial(fp32_linear, head)
-            check_branches(model, P, R)
-    return model, tokenizer
+    rows = torch.cat(tokens, -1).flatten(0, 1).tolist()  # (B·n, R)
+    rows = [[token for token in y if token >= 0] for y in rows]
+    return [rows[i : i + n] for i in range(0, len(rows), n)], log_q.squeeze(-1)
+
+def exact_head(forward, hidden):
+    """A head computes in fp32 under autocast, too: bf16 logits cost 0.2 nats over 53 tokens."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return forward(hidden.float())
+
+def freeze(model, dtype):
+    """The model for scoring only: the matrices of attention and MLP in dtype, all else in fp32.
+
+    So autocast treats it as it treats the policy, and equal weights have equal scores.
+    """
+    for module in model.base_model.modules():
+        if isinstance(module, (torch.nn.Linear, transformers.pytorch_utils.Conv1D)):
+            module.to(dtype)
+    return model.requires_grad_(False)
+
+def load(run, kind, name):
+    """A model of a kind and its tokenizer from a hub or a folder; Stop where they do not fit."""
+    with explain(f"{name} cannot be used"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False, truncation_side="left", padding_side="left")
+        model, info = kind.from_pretrained(
+            name, trust_remote_code=False, dtype=torch.float32, output_loading_info=True)
+        stray = sorted({*info["missing_keys"], *info["unexpected_keys"]})[:1]
+        refuse_if(stray, f"{stray} is missing or stray: was it trained for another use?")
+        return ready(run, copy.deepcopy(model), tokenizer), tokenizer  # aligned: sums depend on it
+
+def ready(run, model, tokenizer):
+    """The model frozen, dropout off, on its device, after a look at its tokenizer."""
+    ids, plain = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+    refuse_if(len(tokenizer) <= len(tokenizer.all_special_ids), "it has no tokenizer")
+    refuse_if(len(tokenizer) > model.get_input_embeddings().num_embeddings,
+              "it has more tokens than embeddings")
+    refuse_if(not model.can_generate() and model.config.num_labels != 1, "it has not one label")
+    head = getattr(model, "score", None) or model.get_output_embeddings()
+    if head:  # a decoder
+        refuse_if(tokenizer.eos_token is None, "it has no end-of-text token, eos")
+        refuse_if(ids[-len(plain) :] != plain, "its tokenizer puts a special token after a prompt")
+        head.forward = partial(exact_head, head.forward)
+    return model.eval().requires_grad_(False).to(run.device)
+
+def context_of(model):
+    """The most tokens of a row; where longrope would make a score depend on the longest row."""
+    text, sizes = str(model.config), [getattr(model.config, name, 0) or 0 for name in (
+        "max_position_embeddings", "sliding_window")]
+    if "longrope" in text:
+        sizes += map(int, re.findall(r'"original_max_position_embeddings": (\d+)', text))
+    return min((size for size in sizes if size > 0), default=sys.maxsize)
+
+@torch.no_grad()
+def check_model(model, n, P, R):
+    """The start check: a padded batch at the run's n and lengths against plain rows, or Stop.
+
+    Layouts are scoring's and sampling's; compared are each prompt's first and last branch.
+    """
+    with explain(f"{model.config.model_type} models cannot run as branches here"):
+        refuse_if(P + R > context_of(model),
+                  f"their context is {context_of(model)} tokens, not {P + R}: lower --max_prompt_"
+                  "tokens, --max_response_tokens, --max_comparison_tokens")
+        heads = model.get_input_embeddings(), model.get_output_embeddings()
+        V = min(head.weight.shape[0] for head in heads if head)
+        ids = torch.randint(V, (n + 1, P + R), generator=make_generator("check")).tolist()
+        prompts = [ids[0][:P], ids[0][: max(1, P // 8)]]
+        responses = [y[: R - i % R] for i, y in enumerate(ids[1:])]
+        batch, judges = pack(prompts, [responses] * 2, model.device), hasattr(model, "score")
+
+        layouts = [score_reward(model, batch)] if judges else [
+            sequence_log_prob(model, batch, g=g) for g in (math.gcd(n, 4), n)]
+        for b, i in itertools.product((0, 1), (0, n - 1)):
+            x, y = prompts[b], responses[i]
+            plain = model(torch.tensor([x + y], device=model.device)).logits[0].float()
+            if judges:
+                plain = plain[0]  # read at the last token, as there is no padding
+            else:
+                log_p = plain[len(x) - 1 : -1].log_softmax(-1)  # (R, V)
+                plain = log_p[range(len(y)), y].sum()
+            refuse_if(not plain.isfinite(), "their output is not finite")
+            gap = max((found[b, i] - plain).abs() for found in layouts)  # measured: 1e-4
+            refuse_if(not gap < 1e-3 + 1e-6 * plain.abs(), f"they miss plain rows by {gap:.3g}")
+
+# ---- Rewards of texts: by a model of another tokenizer, or by the function of FILE.py ------------
+
+def judge_texts(reward, tokenizer, batch):
+    """Rewards (B, n) by reward(prompts, responses, references), lists of text, prompt by prompt.
+
+    Prompts are raw, responses without special tokens, references None where there are none.
+    """
+    found = []
+    for example, ys in zip(batch.examples, batch.ids[1], strict=True):
+        n, responses = len(ys), tokenizer.batch_decode(ys, skip_special_tokens=True)
+        with explain("the reward of texts"):
+            rewards = reward([example.prompt] * n, responses, [example.reference] * n)
+            found.append([float(reward) for reward in rewards])
+            refuse_if(len(found[-1]) != n or not all(map(math.isfinite, found[-1])),
+                      f"{n} responses need {n} finite rewards, not {found[-1]}")
+    return torch.tensor(found, device=batch.length.device)
+
+def reward_by_model(model, tokenizer, prompts, responses, references):
+    """Rewards (n,) of texts, cut on the left to the context: a decoder reads its own tokens and
+    end-of-text, in branches, an encoder pairs."""
+    context = min(tokenizer.model_max_length, context_of(model))
+    if hasattr(model, "score"):
+        ys = [y[1 - context :] for y in encode(tokenizer, responses, sys.maxsize)]
+        x = encode(tokenizer, prompts[:1])[0][max(map(len, ys)) - context :]
+        return score_reward(model, pack([x], [ys], model.device))[0]
+    rows = tokenizer(prompts, responses, padding=True, truncation=True, max_length=context,
+                     return_tensors="pt")
+    return model(**rows.to(model.device)).logits[:, 0]
+
+def load_reward(run, source, n, P, R, prior):
+    """What gives a batch its rewards (B, n): a reward model, or the function of FILE.py."""
+    if source.endswith(".py"):
+        with explain(source):
+            reward = runpy.run_path(source).get("reward")
+            refuse_if(not callable(reward), "it has no reward(prompts, responses, references)")
+        return partial(judge_texts, reward, run.tokenizer)
+
+    model, own = load(run, AutoModelForSequenceClassification, source)
+    ways = [(tokenizer.get_vocab(), tokenizer.eos_token, tokenizer(TURN).input_ids)
+            for tokenizer in (own, run.tokenizer)]
+    V, known = (m.get_input_embeddings().num_embeddings for m in (prior, model))
+    if ways[0] == ways[1] and V <= known:  # it reads the prior's ids
+        check_model(model, n, P, R)
+        return partial(score_reward, freeze(model, run.dtype))
+    if hasattr(model, "score"):  # it reads texts, cut to its context
+        check_model(model, n, min(P, context_of(model) // 2), min(R, context_of(model) // 2))
+    long = [TURN * (P + R)]
+    with explain(f"{source} cannot score long texts"):
+        reward_by_model(model, own, long, long, None)
+    return partial(judge_texts, partial(reward_by_model, freeze(model, run.dtype), own),
+                   run.tokenizer)
 
 # ---- A run: its folder, its one state file, its guards ------------------------------------------
-STAGES = ("sft", "reward", "brain", "done")
-FREE = ("data_dir", "save_every", "micro_batch_tokens", "out", "overwrite")  # no other results
+
+STAGES = ("sft", "reward", "brain")
+LEFT = ("report.md", "samples.jsonl", "metrics.jsonl", "config.json", "policy",
+        "state.pt", "result.json", "prior", "reward")  # by a run, in its folder
+FREE = ("data_dir", "save_every", "micro_batch_tokens", "out", "overwrite")  # change no result
 
 class Run:
-    """What the stages share. Draws are keyed by (seed, stage, step), so stage, step, weights,
-    optimizer and the refresh's samples are all that a killed run needs to continue bit for bit."""
-    def __init__(self, cfg: Config):
+    """What the stages share, and the folder, which one process holds at a time.
+
+    Draws are keyed by (seed, stage, step) and states saved between refreshes: stage, step, weights
+    and optimizer are all that a killed run needs to continue, bit for bit on a CPU.
+    """
+
+    def __init__(self, cfg):
         cuda = torch.cuda.is_available() and cfg.device != "cpu"
         refuse_if(not cuda and (cfg.device == "cuda" or (cfg.task, cfg.device) == ("tldr", "auto")),
                   f"--device {cfg.device}: there is no CUDA GPU; or give --device cpu")
-        self.device, self.out = torch.device("cuda" if cuda else "cpu"), Path(cfg.out)
-        self.dtype = torch.bfloat16 if cuda else torch.float32  # of frozen models and of compute
-        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, cuda)
-        self.cfg, self.reward_tokenizer = replace(cfg, device=self.device.type), None
-        self.state, now = {"stage": "sft", "step": 0, "kept": []}, asdict(self.cfg)
-        with telling(f"{self.out} holds a run that cannot be continued; --overwrite starts afresh"):
-            if (self.out / "state.pt").exists() and not cfg.overwrite:
-                self.state |= torch.load(self.out / "state.pt", "cpu", weights_only=True)
-            old, self.kept = self.state.get("config", now), self.state.pop("kept")
-            if changed := [k for k in now if k not in FREE and old.get(k) != now[k]]:
-                raise ValueError("; ".join(f"{k} was {old.get(k)}, is {now[k]}" for k in changed))
+        torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients, and a plan for each shape
+        torch.backends.cuda.matmul.allow_tf32 = False  # the start check is exact
+        self.device, self.out = "cuda" if cuda else "cpu", Path(cfg.out)
+        self.dtype = torch.bfloat16 if cuda else torch.float32  # of frozen matrices and of compute
+        self.autocast = partial(torch.autocast, self.device, torch.bfloat16, cuda)
+        self.cfg = replace(cfg, device=self.device)
+        self.tokenizer = self.reward = None
+        self.state = {"stage": "sft", "step": 0}
+        self.clock = Counter()  # seconds of a step
         self.where = torch.cuda.get_device_name() if cuda else "cpu"
+
+        with explain(f"--out {self.out}"):
+            self.claim()
         print("{}: {} from stage {stage}, step {step}".format(self.where, self.out, **self.state))
-    def save(self, stage: str, step: int, **parts) -> None:  # state.pt is replaced in one move
-        parts |= dict(stage=stage, step=step, kept=self.kept, config=asdict(self.cfg),
-                      metrics=(self.out / "metrics.jsonl").stat().st_size)
-        with telling(f"{stage}, step {step}: no room for a state, the last one is kept", Halt):
+
+    @property
+    def done(self):
+        """How many of the stages have ended."""
+        return STAGES.index(self.state["stage"])
+
+    def claim(self):
+        """Lock the folder until this process ends, and continue what it holds, or Stop."""
+        cfg, out = self.cfg, self.out
+        for name in ("base", "prior", "reward", "data_dir"):
+            inside = Path(getattr(cfg, name) or "/").resolve().is_relative_to(out.resolve())
+            refuse_if(inside, f"--{name} lies inside it")
+        out.mkdir(parents=True, exist_ok=True)
+        found = set(os.listdir(out))
+        new = cfg.overwrite or "state.pt" not in found
+        refuse_if(not cfg.overwrite and new and found - {"lock", "metrics.jsonl", "state.pt.part"},
+                  "it is not empty and holds no run; --overwrite replaces one")
+        self.lock = open(out / "lock", "a+")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Stop(f"process {(out / 'lock').read_text()} is running there") from None
+        (out / "lock").write_text(str(os.getpid()))
+
+        if not new:
+            with explain("its run cannot be continued; --overwrite starts afresh, or give another "
+                         "--out, with copies of its prior/ and reward/ as --prior and --reward"):
+                self.state = self.check(torch.load(out / "state.pt", "cpu", weights_only=True))
+
+    def check(self, state):
+        """The state, if it is this configuration's and its metrics are whole."""
+        now, old = asdict(self.cfg), state["config"]
+        changed = [k for k in now if k not in FREE and old.get(k) != now[k]]
+        refuse_if(changed, "; ".join(f"{k} was {old.get(k)}, is {now[k]}" for k in changed))
+        refuse_if(state["stage"] not in STAGES, "its stage is unknown")
+        lines = (self.out / "metrics.jsonl").read_bytes()[: state["size"]]
+        refuse_if(zlib.crc32(lines) != state["crc"], "its metrics.jsonl was changed")
+        torch.set_num_threads(state["threads"])  # sums depend on it
+        return state
+
+    def begin(self, parameters):
+        """The folder is this configuration's from here on: models and data are found good."""
+        need, free = 36e-9 * parameters, shutil.disk_usage(self.out).free / 1e9
+        print(f"two states and the models take {need:.2g} GB, {free:.3g} GB are free")
+        new = "config" not in self.state
+        refuse_if(new and free < need, f"there is too little room for --out {self.out}")
+        with explain(f"--out {self.out} cannot be written"):
+            for path in self.out.iterdir() if new else ():
+                if path.name.removesuffix(".part") in LEFT:  # of the run that is overwritten
+                    shutil.rmtree(path, ignore_errors=True)  # which leaves files and links
+                    path.unlink(missing_ok=True)
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.truncate(self.state.get("size", 0))
+            if new:  # the folder is empty or has a state, whenever a kill may come
+                self.save("sft", 0)
+            (self.out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
+
+    def save(self, stage, step, **parts):
+        """Replace state.pt in one move."""
+        lines = (self.out / "metrics.jsonl").read_bytes()
+        parts |= dict(stage=stage, step=step, config=asdict(self.cfg), size=len(lines),
+                      crc=zlib.crc32(lines), threads=torch.get_num_threads())
+        with explain(f"{stage}, step {step}: no room for a state, the last one is kept", 1):
             with open(self.out / "state.pt.part", "wb") as file:
                 torch.save(parts, file)
                 file.flush()
                 os.fsync(file.fileno())  # on the disk, before the old one goes
-            Path(file.name).rename(self.out / "state.pt")
-    def export(self, model, name: str) -> None:  # out/NAME, with tokenizer: whole, or not at all
-        if model.can_generate():  # `generate` shall sample what was trained
-            model.generation_config.update(
+            os.rename(file.name, self.out / "state.pt")
+
+    def export(self, model, name):
+        """Write out/NAME with its tokenizer: whole, or not at all."""
+        tokenizer, part = self.tokenizer, self.out / f"{name}.part"  # renamed when it is whole
+        if model.can_generate():  # batched, too, `generate` shall sample what was trained
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+            model.generation_config = transformers.GenerationConfig(
                 do_sample=True, temperature=self.cfg.temperature, top_k=0, top_p=1.0,
-                eos_token_id=self.tokenizer.eos_token_id)
-        with telling(f"no room for {self.out / name}, the last state is kept", Halt):
-            for part in (model, self.tokenizer):  # to a folder that is renamed when whole
-                part.save_pretrained(self.out / f"{name}.part")
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        with explain(f"{self.out / name} cannot be written, the last state is kept", 1):
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
             shutil.rmtree(self.out / name, ignore_errors=True)
-            (self.out / f"{name}.part").rename(self.out / name)
-    def require(self, fine: Tensor, what: str, batch: Batch) -> None:  # or stop; fine: (b, …)
+            part.rename(self.out / name)
+
+    def close(self):
+        """Let the folder go."""
+        self.lock.close()
+
+    def require(self, fine, what, batch):
+        """Stop where a number is not fine (b, …), and name its prompt."""
         if not fine.all():
             prompt = self.tokenizer.decode(batch.ids[0][(~fine).flatten(1).any(1).nonzero()[0, 0]])
-            raise Halt(f"{self.where}: {what}; prompt …{prompt[-60:]!r}; the last state is kept")
+            raise Stop(f"{self.where}: {what}; prompt …{prompt[-60:]!r}; the last state is kept", 1)
 
 # ---- Training: one loop, three losses: of one branch (sft), two (reward model) and n (BRAIn) ----
-def make_generator(*key) -> torch.Generator:  # which its key decides: (seed, stage, step, …)
+
+REPORTED = ("reward", "raw_reward", "eos_share", "response_tokens")  # of each response
+SAMPLING = 8  # times the micro-batch: sampling keeps no activations, and each of its passes costs
+
+def make_generator(*key):
+    """A generator that its key decides: (seed, stage, step, …)."""
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
-def draw(total: int, size: int, step: int, *key) -> list[int]:  # a step's share of range(total)
-    epochs = range(1 + (step * size + size - 1) // total)  # shuffled anew in each
-    order = [torch.randperm(total, generator=make_generator(*key, epoch)) for epoch in epochs]
-    return torch.cat(order)[step * size :][:size].tolist()
-def split(run: Run, prompts: list[list[int]], branch_tokens: int) -> list[slice]:
-    """Micro-batches of prompts sorted by length; V logits take the memory of V/2¹⁶ tokens more."""
-    longest = len(prompts[-1]) + branch_tokens * (1 + len(run.tokenizer) / 2**16)
-    size = max(1, int(run.cfg.micro_batch_tokens / longest))
-    return [slice(i, i + size) for i in range(0, len(prompts), size)]
-def text_batches(run: Run, examples: list[Example], columns: tuple, limit: int) -> list[Batch]:
-    """Micro-batches of given texts, a branch for each of the columns, sorted by prompt length."""
+
+def draw(examples, size, step, *key):
+    """A step's share of the examples, which are shuffled anew in each epoch."""
+    places = [divmod(step * size + i, len(examples)) for i in range(size)]
+    epochs = sorted({epoch for epoch, _ in places})
+    order = {epoch: torch.randperm(len(examples), generator=make_generator(*key, epoch)).tolist()
+             for epoch in epochs}
+    return [examples[order[epoch][i]] for epoch, i in places]
+
+def batch_size(run, prompts, branch_tokens):
+    """Prompts to a micro-batch; V logits take the memory of V/2¹⁶ tokens more."""
+    longest = max(map(len, prompts)) + branch_tokens * (1 + len(run.tokenizer) / 2**16)
+    return max(1, int(run.cfg.micro_batch_tokens / longest))
+
+def micro_batches(run, examples, responses, **scores):
+    """Batches of n responses to each of the examples, sorted by the prompts' lengths."""
     prompts = encode(run.tokenizer, [example.prompt for example in examples])
+    size = batch_size(run, prompts, len(responses[0]) * max(len(y) for ys in responses for y in ys))
+    order, batches = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), []
+    for first in range(0, len(order), size):
+        part = order[first : first + size]
+        batch = pack([prompts[i] for i in part], [responses[i] for i in part], run.device)
+        batch.examples.extend(examples[i] for i in part)
+        batch.scores.update({name: values[part] for name, values in scores.items()})
+        batches.append(batch)
+    return batches
+
+def text_batches(run, examples, columns, limit):
+    """Batches of given texts, a branch for each of the columns."""
     texts = [encode(run.tokenizer, [getattr(e, name) for e in examples], limit) for name in columns]
-    rows = sorted(zip(prompts, *texts, strict=True), key=lambda row: len(row[0]))
-    prompts, branches = [row[0] for row in rows], [list(row[1:]) for row in rows]
-    parts = split(run, prompts, len(columns) * max(len(y) for ys in branches for y in ys))
-    return [pack(prompts[part], branches[part], run.device) for part in parts]
-def merge(found: list[dict]) -> dict[str, Tensor]:  # dictionaries of (b, …) to one of (B, …)
+    return micro_batches(run, examples, list(map(list, zip(*texts, strict=True))))
+
+def merge(found):
+    """Dictionaries of (b, …) to one of (B, …)."""
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
-def judge(run: Run, reward_model, batch: Batch) -> dict[str, Tensor]:  # the one reward, (b, n)
+
+def judge(run, batch):
+    """Score a batch by the one reward, (b, n), and note what else is reported of a response."""
     last = batch.branch.gather(-1, batch.length[..., None]).squeeze(-1)  # (b, n) last tokens
     eos = (last == run.tokenizer.eos_token_id).float()  # (b, n) 1 where a response ends
-    with run.autocast():
-        raw = score_reward(reward_model, batch, run.tokenizer, run.reward_tokenizer)  # (b, n)
-    return {"reward": raw - run.cfg.missing_eos_penalty * (1 - eos), "raw_reward": raw,
-            "eos_share": eos, "response_tokens": batch.length.float()}
+    with run.autocast(), torch.no_grad():
+        raw = run.reward(batch)  # (b, n)
+    batch.scores.update(
+        reward=raw - run.cfg.missing_eos_penalty * (1 - eos), raw_reward=raw, eos_share=eos,
+        response_tokens=batch.length.float())
 
 @torch.no_grad()
-def sample_batches(run: Run, models: dict, name: str, prompts: list, n: int, *key) -> list[Batch]:
-    """3.1 sample n responses to each of the sorted prompts from models[name]; 3.2 score them in
-    the micro-batches and the autocast of 3.4: log q_θ − log q′ begins at exactly 0."""
-    cfg, batches = run.cfg, []
-    generators = [make_generator(cfg.seed, *key, i) for i in range(len(prompts))]  # one a prompt
-    for part in bar(split(run, prompts, n * cfg.max_response_tokens), "sampling", leave=False):
-        start = time.perf_counter()  # seconds
+def sample_batches(run, models, name, examples, n, *key):
+    """3.1 Sample n responses to each of the examples from models[name]; 3.2 score them, in the
+    micro-batches and the autocast of 3.4: log q_θ − log q′ begins at exactly 0."""
+    cfg, began = run.cfg, time.perf_counter()
+    prompts, responses, log_q = encode(run.tokenizer, [e.prompt for e in examples]), [], []
+    size = SAMPLING * batch_size(run, prompts, n * cfg.max_response_tokens)
+    for first in range(0, len(prompts), size):
+        part = prompts[first : first + size]
+        generators = [make_generator(cfg.seed, *key, first + i) for i in range(len(part))]
         with run.autocast():
-            responses, log_q = sample(models[name], prompts[part], n, cfg.max_response_tokens,
-                                      eos_id=run.tokenizer.eos_token_id,
-                                      temperature=cfg.temperature, generator=generators[part])
-            middle, batch = time.perf_counter(), pack(prompts[part], responses, run.device)
-            batch.scores.update(judge(run, models["reward"], batch))
-            for score, model in {"log_prior": "prior", "log_proposal": name}.items():
+            found = sample(models[name], part, n, cfg.max_response_tokens, generator=generators,
+                           eos_id=run.tokenizer.eos_token_id, temperature=cfg.temperature)
+        responses += found[0]
+        log_q.append(found[1])
+    middle, batches = time.perf_counter(), micro_batches(
+        run, examples, responses, log_q=torch.cat(log_q))
+
+    for batch in batches:
+        judge(run, batch)
+        for score, model in {"log_prior": "prior", "log_proposal": name}.items():
+            with run.autocast():
                 batch.scores[score] = sequence_log_prob(models[model], batch, cfg.temperature)
         for score, values in batch.scores.items():
             run.require(values.isfinite(), f"{score} is not finite", batch)
-        gap, length = log_q - batch.scores["log_proposal"], batch.length  # scored as sampled?
-        same = gap.abs() <= 2e-3 / 53 * length.clamp(min=53)  # measured: 1.8e-4 nats in 53 tokens
-        if run.dtype is torch.bfloat16:  # rounding walks at random, a wrong sampler to one side
-            walk, drift = (gap / length.sqrt()).square().mean(), gap.sum().abs() / length.sum()
-            same = ((walk <= 0.15**2) & (drift <= 0.01 + 0.1 / length.sum().sqrt())).expand_as(gap)
-        run.require(same, f"scored is not sampled, by up to {gap.abs().max():.2g} nats", batch)
-        run.clock.update(seconds_sampling=middle - start, tokens_sampled=length.sum().item(),
-                         seconds_scoring=time.perf_counter() - middle)
-        batches.append(batch)
+        check_sampler(run, batch)
+    run.clock.update(seconds_sampling=middle - began, seconds_scoring=time.perf_counter() - middle)
     return batches
-def sft_loss(cfg: Config, model, batch: Batch):  # −log p(reference|x) per token, T = 1, (b,)
+
+def check_sampler(run, batch):
+    """Scored is sampled: the sampler's own log q′ is the score, up to rounding, or Stop."""
+    gap, length = batch.scores.pop("log_q") - batch.scores["log_proposal"], batch.length  # (b, n)
+    same = gap.abs() <= 2e-3 / 53 * length.clamp(min=53)  # measured: 1.8e-4 nats in 53 tokens
+    if run.dtype is torch.bfloat16:  # rounding walks at random, a wrong sampler to one side
+        drift = gap.sum().abs() / length.sum() <= 0.01 + 0.1 / length.sum().sqrt()
+        same = drift & ((gap.square() / length).mean() <= 0.15**2).expand_as(gap)
+    run.require(same, f"scored is not sampled, by up to {gap.abs().max():.2g} nats", batch)
+
+def sft_loss(cfg, model, batch):
+    """−log p(reference|x) per token, at temperature 1, (b,)."""
     return -sequence_log_prob(model, batch)[:, 0] / batch.length[:, 0], {}
-def preference_loss(cfg: Config, model, batch: Batch):  # −log P(chosen ≻ rejected), (b,)
+
+def preference_loss(cfg, model, batch):
+    """−log P(chosen ≻ rejected), (b,), and the share of pairs ordered right."""
     reward = score_reward(model, batch)  # (b, 2), the chosen one first
     return bradley_terry_loss(*reward.T), {"accuracy": preference(reward[:, :1], reward[:, 1:])}
-def policy_loss(cfg: Config, model, batch: Batch):
-    """3.3 weigh the samples: BRAIn's loss, (b,), and what to watch (README, "Metrics")."""
+
+def policy_loss(cfg, model, batch):
+    """3.3 Weigh the samples: BRAIn's loss, (b,), and what to watch (README, "Metrics")."""
     log_policy = sequence_log_prob(model, batch, cfg.temperature)  # (b, n), as all of these
     known = [batch.scores[name] for name in ("log_prior", "log_proposal", "reward")]
     loss, (alpha, beta) = brain_loss(log_policy, *known, cfg.kl_coef, target=cfg.target,
                                      baseline=cfg.baseline, divergence=cfg.divergence)
     to_prior, rho = (log_policy.detach() - other for other in known[:2])  # log-ratios, (b, n)
-    judged = {k: v.mean(-1) for k, v in batch.scores.items() if k[:3] != "log"}  # the samples'
-    return loss, judged | {
+    return loss, {name: batch.scores[name].mean(-1) for name in REPORTED} | {
         "ess_alpha": effective_sample_size(alpha), "ess_beta": effective_sample_size(beta),
-        "reward_spread": known[2].std(-1) / cfg.kl_coef, "alpha_largest": alpha.amax(-1),
+        "reward_spread": known[2].std(-1) / cfg.kl_coef,
         "kl_to_prior": (beta * to_prior).sum(-1),  # the policy's, whose shares β̂ are
         "log_ratio_min": rho.amin(-1), "log_ratio_max": rho.amax(-1)}
-def run_losses(run: Run, model, batches: list[Batch], loss_of, train: bool) -> dict[str, Tensor]:
-    """The one micro-batch driver: losses and metrics (B,); to train, the mean loss's gradient."""
+
+def run_losses(run, model, batches, loss_of, train):
+    """The one micro-batch driver: loss and metrics over all prompts; to train, the gradient."""
     found, total = [], sum(len(batch.prompt) for batch in batches)
     for batch in batches:
         with run.autocast(), torch.set_grad_enabled(train):
@@ -583,316 +908,373 @@ def run_losses(run: Run, model, batches: list[Batch], loss_of, train: bool) -> d
         if train:
             (loss.sum() / total).backward()  # adds up to the gradient of the mean over all
         found.append({"loss": loss.detach(), **metrics})
-    return merge(found)
+    reduce = {"log_ratio_min": torch.min, "log_ratio_max": torch.max}
+    return {k: reduce.get(k, torch.mean)(x).item() for k, x in merge(found).items()}
 
-def fit(run: Run, stage: str, model, steps: int, lr: float, batches_of, loss_of) -> None:
-    """The one training loop. `batches_of(step)`: micro-batches, and metrics to write with them."""
+def fit(run, stage, model, steps, lr, every, steps_from, loss_of):
+    """The one training loop: a stage, unless it is done, from the last state to its export.
+
+    steps_from(step) yields micro-batches and metrics; a state is saved `every` so many steps.
+    """
+    if run.done > STAGES.index(stage):
+        return
     optimizer = torch.optim.AdamW(model.requires_grad_().parameters(), eps=1e-5, weight_decay=0)
-    start, every, saved = 0, run.cfg.save_every, time.monotonic()
-    if run.state["stage"] == stage and "model" in run.state:
+    start = run.state["step"] if run.state["stage"] == stage else 0
+    if start:
         model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
-        start = run.state["step"]
     run.state = {"stage": stage}  # its memory is free again
+
+    drawn = steps_from(start)
     for step in (progress := bar(range(start, steps), stage, total=steps, initial=start)):
         run.where, run.clock = f"{stage}, step {step}", Counter()
-        batches, metrics = batches_of(step)
-        began, rate = time.perf_counter(), lr * (1 - step / steps)
-        for name, values in run_losses(run, model, batches, loss_of, train=True).items():
-            reduce = {"log_ratio_min": torch.min, "log_ratio_max": torch.max}.get(name, torch.mean)
-            metrics[name] = reduce(values).item()
+        batches, metrics = next(drawn)
+        began, rate = time.perf_counter(), lr * (1 - step / steps)  # falls linearly to 0
+        metrics |= run_losses(run, model, batches, loss_of, train=True)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.cfg.max_grad_norm)
         run.require(norm.isfinite().view(1, 1), "the step's gradient is not finite", batches[0])
-        optimizer.param_groups[0]["lr"] = rate  # falls linearly to 0
-        optimizer.step()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()  # 3.4
         optimizer.zero_grad()
+
         metrics |= {"gradient_norm": norm.item(), "learning_rate": rate, **run.clock,
                     "seconds_stepping": time.perf_counter() - began,
-                    "tokens_stepped": sum(batch.length.sum().item() for batch in batches),
                     "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
-        progress.set_postfix({k: v for k, v in metrics.items() if k in ("loss", "reward")})
+        progress.set_postfix(loss=metrics["loss"])
         with open(run.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
-        due = (step + 1) % every == 0 if every else time.monotonic() - saved > 600
-        if due or step + 1 == steps:
+            print(json.dumps({"stage": stage, "step": step, **metrics}), file=file)
+        if (step + 1) % every == 0 or step + 1 == steps:
             run.save(stage, step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
-            saved = time.monotonic()
-    model.requires_grad_(False)
-def brain_step(run: Run, models: dict, examples: list, exact: tuple | None, step: int) -> tuple:
-    """A step of stage 3: the next prompts of the refresh, or of a new one when they are used up."""
-    cfg, metrics, size = run.cfg, {}, run.cfg.prompts_per_step
+    run.export(model.requires_grad_(False), {"sft": "prior", "brain": "policy"}.get(stage, stage))
+
+def text_steps(run, stage, examples, columns, limit, size, start):
+    """Yields the batches of each step of stage 1 or 2, and no metrics."""
+    for step in itertools.count(start):
+        part = draw(examples, size, step, run.cfg.seed, stage)
+        yield text_batches(run, part, columns, limit), {}
+
+def fit_texts(run, stage, model, loss_of, columns, limit, size, epochs, lr, train, test):
+    """Stage 1 or 2, if it is still to do; then losses and metrics of held-out texts, (N,)."""
+    train, test = (with_text(examples, columns[0]) for examples in (train, test))
+    steps = math.ceil(epochs * len(train) / size)
+    steps_from = partial(text_steps, run, stage, train, columns, limit, size)
+    fit(run, stage, model, steps, lr, run.cfg.save_every, steps_from, loss_of)
+    batches = text_batches(run, test[: run.cfg.eval_prompts], columns, limit)
+    return run_losses(run, model, batches, loss_of, train=False)
+
+def brain_steps(run, models, examples, listed, start):
+    """Yields the batches and metrics of a step of stage 3; a refresh's steps are sampled first."""
+    cfg, size = run.cfg, run.cfg.prompts_per_step
     turns = cfg.prompts_per_refresh // size  # steps a refresh
-    if step % turns == 0:
-        index = draw(len(examples), size * turns, step // turns, cfg.seed, "brain")
-        prompts = encode(run.tokenizer, [examples[i].prompt for i in index])  # all of a refresh
-        name = "policy" if cfg.proposal == "lagged" else "prior"
-        fresh = [sample_batches(run, models, name, sorted(prompts[i : i + size], key=len),
-                                cfg.samples_per_prompt, step, i)
-                 for i in range(0, len(prompts), size)]  # a list of micro-batches for each step
-        run.kept = [[(*batch.ids, batch.scores) for batch in batches] for batches in fresh]
-        found = merge([batch.scores for batches in fresh for batch in batches])
-        reward, ratio = found["reward"], found["log_proposal"] - found["log_prior"]  # (B, n)
+    name = "policy" if cfg.proposal == "lagged" else "prior"
+    for refresh in itertools.count(start // turns):
+        part = draw(examples, size * turns, refresh, cfg.seed, "brain")
+        steps = [sample_batches(run, models, name, part[i : i + size], cfg.samples_per_prompt,
+                                "brain", refresh, i) for i in range(0, len(part), size)]
+        found = merge([batch.scores for batches in steps for batch in batches])  # (B, n) each
+        reward, ratio = found["reward"], found["log_proposal"] - found["log_prior"]
         metrics = {"refresh_reward": reward.mean().item(), "refresh_kl": ratio.mean().item(),
                    "refresh_kl_sd": ratio.std().item()}  # at step 0, what rounding makes of 0
-        if exact and step % max(turns, cfg.steps // 5 // turns * turns) == 0:
-            log_policy = exact_log_prob(run, models["policy"], exact[0])  # (p, |Y|)
-            metrics["kl_to_posterior"] = kl(exact[1]["log_posterior"], log_policy)
-            tqdm.write(", ".join([run.where, *(f"{k} {v:.3f}" for k, v in metrics.items())]))
-        if not found["eos_share"].any():
-            tqdm.write(f"warning: {run.where}: no response ends; has the policy collapsed?")
-        if step == 0 and reward.std(-1).mean() > 5 * cfg.kl_coef:
-            tqdm.write("warning: rewards spread by over 5 kl_coef: posterior is nearly argmax")
-    return [pack(*ids, run.device)._replace(scores={k: v.to(run.device) for k, v in known.items()})
-            for *ids, known in run.kept[step % turns]], metrics
+        if listed and refresh % max(1, cfg.steps // turns // 5) == 0:
+            metrics["kl_to_posterior"] = exact_kl(run, models["policy"], listed)
+            tqdm.write(f"{run.where}: exact KL {metrics['kl_to_posterior']:.3f} nats")
+        if refresh == 0 and reward.std(-1).mean() > 5 * cfg.kl_coef:
+            tqdm.write("warning: rewards spread by over 5 kl_coef: raise it, this is nearly argmax")
+        for batches in steps:
+            yield batches, metrics
+            metrics = {}
 
 # ---- Evaluation and report ----------------------------------------------------------------------
-def preference(a: Tensor, b: Tensor) -> Tensor:
+
+def preference(a, b):
     """The share of pairs that a wins, ties counting half, per prompt: (P, m) and (P, k) to (P,)."""
     return (1 + (a[:, :, None] - b[:, None]).sign().mean((1, 2))) / 2
-def wilson(wins: Tensor) -> tuple[float, list[float]]:
-    """Win rate and Wilson's 95 % interval of shares (P,), at the trials that match their error."""
-    rate, error, z = wins.mean().item(), wins.std().item() / math.sqrt(len(wins)), 1.96
-    trials = rate * (1 - rate) / error**2 if error > 0 else len(wins)  # independent ones
-    middle, scale = rate + z * z / (2 * trials), 1 + z * z / trials
-    half = z * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
-    return rate, [(middle - half) / scale, (middle + half) / scale]
-def kl(log_p: Tensor, log_q: Tensor) -> float:  # mean KL(p ‖ q), known in full, (p, |Y|)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+def win_rate(wins):
+    """Win rate and 95 % interval of shares (P ≥ 3,): Wilson's (1927) at the number of independent
+    trials with the same error, with Student's t (Korn and Graubard, 1998)."""
+    rate, spread, P = wins.mean().item(), wins.var(correction=0).item(), len(wins)
+    most = rate * (1 - rate)  # the spread if each prompt were won or lost whole
+    # Few prompts near 0 or 1 may look alike for want of a rare kind, so there `spread` yields to
+    luck = 0.014 / P  # `most`. By simulation: less covers too rarely, more is too wide.
+    trials = (P - 1) * (most**2 + luck) / (most * spread + luck)  # ≈ (P − 1)·most/spread
+    trials = min(trials, 64 * P)  # however alike
+    pull = 1.92 * math.exp(2.42 / (P - 1.5)) / trials  # t²/(2 trials), t within 2.1 % of exact
+    half = math.sqrt(pull * (pull + 2 * most))
+    return rate, [(rate + pull - half) / (1 + 2 * pull), (rate + pull + half) / (1 + 2 * pull)]
+
 @torch.no_grad()
-def exact_log_prob(run: Run, model, batches: list[Batch]) -> Tensor:  # of all of Y, (p, |Y|)
-    log_q = torch.cat([sequence_log_prob(model, batch, run.cfg.temperature) for batch in batches])
-    run.require((log_q.exp().sum(-1, True) - 1).abs() < 1e-4, "Y does not sum to 1", batches[0])
+def log_prob_of_all(run, model, batch):
+    """log q of every response that can be sampled, (b, |Y|); Stop unless they sum to 1."""
+    with run.autocast():
+        log_q = sequence_log_prob(model, batch, run.cfg.temperature)
+    run.require(log_q.logsumexp(-1, True).abs() < 1e-4, "Y does not sum to 1", batch)
     return log_q
-def enumerate_posterior(run: Run, models: dict, examples: list[Example]) -> tuple | None:
-    """Where Y can be listed (toy): batches of it, and reward, log prior, log posterior (p, |Y|)."""
-    R, V = run.cfg.max_response_tokens, models["prior"].config.vocab_size
+
+def enumerate_posterior(run, prior, examples):
+    """Where Y can be listed (toy): batches of all of it, which know log p(y|x, G=1)."""
+    R, V, eos = run.cfg.max_response_tokens, len(run.tokenizer), run.tokenizer.eos_token_id
     if V**R > 50_000:
-        return None
-    drawn, eos = itertools.product(range(V), repeat=R), run.tokenizer.eos_token_id
+        return []
+    drawn = itertools.product(range(V), repeat=R)
     space = dict.fromkeys(y[: (*y, eos).index(eos) + 1] for y in drawn)  # cut after eos, as sampled
-    prompts = encode(run.tokenizer, [example.prompt for example in examples])
-    batches = [pack([x], [[list(y) for y in space]], run.device) for x in prompts]
-    known = merge([judge(run, models["reward"], batch) for batch in batches])
-    prior = known["log_prior"] = exact_log_prob(run, models["prior"], batches)
-    known["log_posterior"] = (prior + known["reward"] / run.cfg.kl_coef).log_softmax(-1)
-    return batches, known
+    batches = micro_batches(run, examples, [list(map(list, space))] * len(examples))
+    for batch in batches:
+        judge(run, batch)
+        worth = log_prob_of_all(run, prior, batch) + batch.scores["reward"] / run.cfg.kl_coef
+        batch.scores["log_posterior"] = worth.log_softmax(-1)  # (b, |Y|)
+    return batches
 
-def evaluate(run: Run, models: dict, examples: list[Example], exact: tuple | None) -> tuple:
-    """Stage 4: rows of figures, with errors over the (sorted) held-out prompts, and samples."""
-    prompts = encode(run.tokenizer, [example.prompt for example in examples])
-    groups = {name: sample_batches(run, models, name, prompts, run.cfg.eval_samples, "eval", name)
-              for name in ("prior", "policy")}
-    found = {name: merge([b.scores for b in batches]) for name, batches in groups.items()}  # (P, m)
-    if having(examples, "reference") == examples:  # whole, with eos
-        groups["reference"] = text_batches(run, examples, ("reference",), sys.maxsize)
-        found["reference"] = merge([judge(run, models["reward"], b) for b in groups["reference"]])
-    wins = {(a, b): preference(found[a]["reward"], found[b]["reward"])
-            for a in found for b in ("prior", "reference") if a != b and b in found}
-    rows = {name: {key: values.mean().item() for key, values in of.items() if key[:3] != "log"}
-            for name, of in found.items()}
-    for name in ("prior", "policy"):  # log q − log p of q's own samples, (P, m); the policy's last
-        ratio = found[name]["log_proposal"] - found[name]["log_prior"]
-        error = ratio.mean(-1).std().item() / math.sqrt(len(ratio))  # over prompts
-        rows[name] |= {"kl_to_prior": ratio.mean().item(), "kl_to_prior_se": error}
-    pairs = found["policy"]["reward"][:, :, None] == found["prior"]["reward"][:, None]  # (P, m, m)
-    rows["policy"]["tie_share"] = pairs.float().mean().item()
-    if exact:  # the posterior's row, in expectation, and the truth about the policy
-        batches, known = exact  # (p, |Y|)
-        log_prior, log_posterior = known["log_prior"], known["log_posterior"]
-        weight, truth = log_posterior.exp(), zip(log_prior.exp(), known["reward"], strict=True)
-        rows["posterior"] = {key: (weight * values).sum(-1).mean().item()
-                             for key, values in known.items() if key[:3] != "log"}
-        rows["posterior"]["kl_to_prior"] = kl(log_posterior, log_prior)
-        duels = torch.stack([(r[:, None] - r).sign() @ q for q, r in truth])  # (p, |Y|)
-        wins["posterior", "prior"] = (1 + (weight * duels).sum(-1)) / 2  # (p,), as `preference`
-        log_policy, ratio = exact_log_prob(run, models["policy"], batches), ratio[: len(batches)]
-        rows["policy"] |= {
-            "kl_to_posterior_start": kl(log_posterior, log_prior),  # the policy began as the prior
-            "kl_to_posterior_end": kl(log_posterior, log_policy),
-            "kl_to_prior_exact": kl(log_policy, log_prior),
-            "kl_to_prior_sampled": ratio.mean().item(),  # of the same prompts
-            "kl_to_prior_sampled_se": (ratio.var(-1).mean() / ratio.numel()).sqrt().item()}
-    for (name, other), shares in wins.items():
-        rows[name][f"win_rate_vs_{other}"], rows[name][f"win_rate_vs_{other}_ci"] = wilson(shares)
-    return rows, groups
+def exact_kl(run, model, batches):
+    """KL(posterior ‖ model), over all of Y, mean over the prompts."""
+    kls = []
+    for batch in batches:
+        log_p = batch.scores["log_posterior"]
+        kls += (log_p.exp() * (log_p - log_prob_of_all(run, model, batch))).sum(-1).tolist()
+    return sum(kls) / len(kls)
 
-def report(run: Run, rows: dict, groups: dict, examples: list[Example], notes: list[str]) -> None:
-    """report.md: what was run, a table, a chart and samples; all but the chart is printed, too."""
-    columns = ("reward", "win_rate_vs_prior", "win_rate_vs_reference", "kl_to_prior", "eos_share",
-               "response_tokens")
-    forms = {"": "{:.3f}", "_ci": "[{0[0]:.3f}, {0[1]:.3f}]", "_se": "± {:.3f}"}  # of a cell
-    table = [f"| | {' | '.join(columns)} |".replace("_", " "), "|---" * (1 + len(columns)) + "|"]
-    for name, row in rows.items():  # prior, policy, reference, posterior
-        cells = [" ".join(form.format(row[key + end]) for end, form in forms.items()
-                          if key + end in row) for key in columns]
+def evaluate(run, models, examples):
+    """Stage 4: a row of figures for each model, and all samples with their rewards."""
+    cfg, groups = run.cfg, {}
+    for name in ("prior", "policy"):
+        groups[name] = sample_batches(run, models, name, examples, cfg.eval_samples, "eval", name)
+    if len(with_text(examples, "reference")) == len(examples):
+        limit = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
+        groups["reference"] = text_batches(run, examples, ("reference",), limit)
+
+    rows, rewards, samples, known = {}, {}, [], {}
+    for name, batches in groups.items():
+        for batch in batches:
+            judge(run, batch)
+            scored = batch.examples, batch.ids[1], batch.scores["reward"].tolist()
+            for example, ys, reward in zip(*scored, strict=True):
+                reward = [known.setdefault((example.prompt, *y), r)  # equal ids tie
+                          for y, r in zip(ys, reward, strict=True)]
+                samples.append(dict(prompt=example.prompt, model=name, rewards=reward,
+                                    responses=run.tokenizer.batch_decode(ys)))
+        found = merge([batch.scores for batch in batches])  # (P, m) each
+        rows[name] = {key: found[key].mean().item() for key in REPORTED}
+        rewards[name] = torch.tensor([x["rewards"] for x in samples if x["model"] == name])
+        if name != "reference":
+            ratio = (found["log_proposal"] - found["log_prior"]).mean(-1)  # (P,), q's own samples
+            rows[name] |= {"kl_to_prior": ratio.mean().item(),
+                           "kl_to_prior_se": ratio.std().item() / math.sqrt(len(ratio))}
+    for name, other in itertools.product(rewards, ("prior", "reference")):
+        if name != other and other in rewards:
+            key, wins = f"win_rate_vs_{other}", preference(rewards[name], rewards[other])
+            rows[name][key], rows[name][f"{key}_ci"] = win_rate(wins)
+    return rows, samples
+
+def report(run, rows, samples, notes):
+    """samples.jsonl, and report.md: what was run, a table and samples; also printed."""
+    table = ["| | reward | wins against the prior | against the reference | KL to the prior, nats |"
+             " share that ends | tokens |", "|---" * 7 + "|"]
+    for name, row in rows.items():
+        cells = []
+        for form in ("{reward:.3f}",
+                     "{win_rate_vs_prior:.3f} [{win_rate_vs_prior_ci[0]:.3f}, "
+                     "{win_rate_vs_prior_ci[1]:.3f}]",
+                     "{win_rate_vs_reference:.3f} [{win_rate_vs_reference_ci[0]:.3f}, "
+                     "{win_rate_vs_reference_ci[1]:.3f}]",
+                     "{kl_to_prior:.3f} ± {kl_to_prior_se:.3f}", "{eos_share:.3f}",
+                     "{response_tokens:.1f}"):
+            known = all(key in row for key in re.findall(r"{(\w+)", form))
+            cells.append(form.format(**row) if known else "")
         table.append(f"| {name} | {' | '.join(cells)} |")
-    texts = {name: [run.tokenizer.decode(ys[0]) for batch in batches for ys in batch.ids[1]]
-             for name, batches in groups.items()}
-    samples = [line for i, e in enumerate(examples[:4]) for line in (
-        "", f"…{e.prompt[-120:]!r}", *(f"- {name}: {texts[name][i]!r}" for name in texts))]
-    lines = map(json.loads, (run.out / "metrics.jsonl").read_text().splitlines())
-    points = [(row["refresh_kl"], row["refresh_reward"]) for row in lines if "refresh_kl" in row]
-    low, top = min(points)[0], max(points)[0]  # a refresh for each twelfth of the way in KL
-    cells = {int(12 * (x - low) / (top - low or 1)): (x, y) for x, y in sorted(points)[::-1]}
-    axes = zip(*sorted(cells.values()), strict=True)
-    xs, ys = (", ".join(f"{value:.3f}" for value in axis) for axis in axes)
-    theme = '%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#d62728"}}}}%%'
-    chart = ["```mermaid", theme, "xychart-beta", '    title "Reward against KL to the prior"',
-             f'    x-axis "KL, nats" [{xs}]', '    y-axis "reward"', f"    line [{ys}]", "```"]
-    text = [f"# BRAIn on {run.cfg.task}", "", *(f"- {note}" for note in notes), "", *table, "",
-            *chart, "", "## Samples, one of each model", *samples, ""]
-    (run.out / "report.md").write_text("\n".join(text))
-    print("", *table, *(line[: shutil.get_terminal_size().columns] for line in samples), sep="\n")
+    shown = []
+    for sample in samples[:: math.ceil(len(samples) / 9)]:
+        prompt, response = sample["prompt"][-100:], sample["responses"][0]
+        shown.append(f"- {sample['model']}: `{prompt!r}` → `{response!r}`")
+
+    text = [f"# BRAIn on {run.cfg.task}", "", *notes, "", *table, "", "## Samples", "", *shown, ""]
+    (run.out / "report.md").write_text("\n".join(text), encoding="utf-8")
+    with open(run.out / "samples.jsonl", "w", encoding="utf-8") as file:
+        for sample in samples:
+            print(json.dumps(sample), file=file)
+    print(*shown, "", *notes, "", *table, f"see {run.out / 'report.md'}", sep="\n")
 
 # ---- Derivation checks: brain_loss and autograd on one side, the equations on the other ---------
+
 Check = namedtuple("Check", "name claim error tolerance ok")  # error: largest absolute difference
+
+def shares(x):
+    """Rows divided by their sum."""
+    return x / x.sum(-1, keepdim=True)
+
+def gap(slope, q, *inputs, **dials):
+    """How far the gradient of brain_loss in log q_θ is from its equation (B, n)."""
+    q = q.clone().requires_grad_()
+    loss, _ = brain_loss(q, *inputs, **dials)
+    return (torch.autograd.grad(loss.sum(), q)[0] - slope).abs().max().item()
+
+def check_baselines(q, p, q1, r, kl_coef):
+    """the gradient is −Σ (α̂ − b) ∇log q_θ, where b is 0, exp(ρ)/n or β̂"""
+    alpha, ratio = shares((p + r / kl_coef - q1).exp()), (q - q1).exp()  # exp(ρ) = q_θ/q′
+    b = {"none": 0, "unnormalized": ratio / q.shape[-1], "self_normalized": shares(ratio)}
+    return {name: gap(b[name] - alpha, q, p, q1, r, kl_coef, baseline=name) for name in b}
+
+def check_dpo(q, p, q1, r, kl_coef):
+    """argmax of two samples of the prior is DPO-sft: the gradient of −log σ(Δ log(q_θ/p))"""
+    q, p, r = q[:, :2], p[:, :2], r[:, :2]
+    sign = (r - r.flip(-1)).sign()  # +1 chosen, −1 rejected
+    delta = (sign * (q - p)).sum(-1, keepdim=True)  # Δ log(q_θ/p)
+    slope = -sign / (1 + delta.exp())  # ∓σ(−Δ)
+    return {"DPO": gap(slope, q, p, p, r, kl_coef, target="argmax")}
+
+def check_policy_gradient(q, p, q1, r, kl_coef):
+    """KL(β̂ ‖ α̂) has the gradient −Σ β̂ (R − Σ β̂R) ∇log q_θ / kl_coef, on-policy RLOO's"""
+    beta = shares((q - q1).exp())
+    R = r - kl_coef * (q - p)  # PPO's reward, with its KL
+    advantage = R - (beta * R).sum(-1, keepdim=True)  # RLOO's times (n − 1)/n
+    return {"PPO": gap(-beta * advantage / kl_coef, q, p, q1, r, kl_coef, divergence="reverse")}
 
 def derivation_checks() -> list[Check]:
     """What the method rests on, in float64; right-hand sides in nothing but exp, log and sums."""
     drawn = torch.randn(4, 3, 5, dtype=torch.float64, generator=make_generator("checks"))
-    n, kl_coef, checks, (q, p, q1, r) = 5, 0.7, [], drawn.requires_grad_()  # log q_θ, log p, log q′
-    ratio, alpha = (q - q1).exp(), (p + r / kl_coef - q1).exp()  # exp(ρ) = q_θ/q′
-    alpha, beta = (x / x.sum(-1, keepdim=True) for x in (alpha, ratio))  # α̂, β̂
-    first = (alpha * (n * alpha / ratio).log()).sum(-1)  # Σ α̂ (log nα̂ − ρ)
-    x, y, s = q[:, :2], p[:, :2], r[:, :2]  # n = 2 samples of the prior
-    sign = (s - s.flip(-1)).sign()  # +1 chosen, −1 rejected
-    odds = (sign * (x - y)).sum(-1, keepdim=True).exp()  # exp(Δ log(q_θ/p))
-    total = r - kl_coef * (q - p)  # R = r − kl_coef·log(q_θ/p), PPO's reward
-    advantage = total - (beta * total).sum(-1, keepdim=True)  # on-policy, RLOO's times (n − 1)/n
-    bare, gradient = (q, p, q1, r), "Σ α̂ (log nα̂ − ρ) + A(ρ): gradient −Σ (α̂ − b) ∇log q_θ"
-    for name, claim, tensors, dials, value, slope in (  # slope: the gradient's equation
-            ("none", gradient, bare, dict(baseline="none"), first, -alpha),
-            ("unnormalized", gradient, bare, dict(baseline="unnormalized"),
-             first + ratio.mean(-1) - 1, ratio / n - alpha),
-            ("self_normalized", gradient, bare, {}, first + ratio.mean(-1).log(), beta - alpha),
-            ("DPO", "argmax of two samples of the prior is DPO-sft: −log σ(Δ log(q_θ/p))",
-             (x, y, y, s), dict(target="argmax"), (1 + 1 / odds[:, 0]).log(), -sign / (1 + odds)),
-            ("PPO", "KL(β̂ ‖ α̂) has the policy gradient −Σ β̂ (R − Σ β̂R) ∇log q_θ / kl_coef",
-             bare, dict(divergence="reverse"), (beta * (beta / alpha).log()).sum(-1),
-             -beta * advantage / kl_coef)):
-        loss = brain_loss(*tensors, kl_coef, **dials)[0]  # (3,)
-        found = torch.autograd.grad(loss.sum(), tensors[0], retain_graph=True)[0]  # (3, n)
-        error = max((loss - value).abs().max().item(), (found - slope).abs().max().item())
-        checks.append(Check(name, claim, error, 1e-12, error <= 1e-12))
-    return checks
+    return [Check(name, claim.__doc__, error, 1e-12, error <= 1e-12)
+            for claim in (check_baselines, check_dpo, check_policy_gradient)
+            for name, error in claim(*drawn, 0.7).items()]
 
 # ---- The stages, from data to report ------------------------------------------------------------
-def toy_model(cfg: Config):  # a GPT-NeoX that knows nothing yet, and a tokenizer of 10 words
-    words = {word: i for i, word in enumerate(["<eos>", TLDR.strip(), *KEYS, *FILLERS])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<eos>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()  # one token a word
-    model = AutoModelForCausalLM.from_config(transformers.GPTNeoXConfig(
-        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=256, max_position_embeddings=32, bos_token_id=0, eos_token_id=0))
-    return model, transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-def fit_texts(run: Run, stage: str, model, train: list, test: list) -> dict[str, Tensor]:
-    """Stage 1 or 2, if it is still to do; then its losses and metrics on held-out texts, (N,)."""
-    cfg = run.cfg
-    name, columns, limit, loss_of, size, epochs, lr = {
-        "sft": ("prior", ("reference",), cfg.max_response_tokens, sft_loss,
-                cfg.sft_batch, cfg.sft_epochs, cfg.sft_lr),
-        "reward": (stage, ("chosen", "rejected"), cfg.max_comparison_tokens, preference_loss,
-                   cfg.reward_batch, cfg.reward_epochs, cfg.reward_lr)}[stage]
-    train, test = having(train, columns[0]), having(test, columns[0])
-    if STAGES.index(run.state["stage"]) <= STAGES.index(stage):
-        fit(run, stage, model, math.ceil(epochs * len(train) / size), lr, lambda step: (
-            text_batches(run, [train[i] for i in draw(len(train), size, step, cfg.seed, stage)],
-                         columns, limit), {}), loss_of)
-        run.export(model, name)
-    held_out = text_batches(run, test[: cfg.eval_prompts], columns, limit)
-    return run_losses(run, model, held_out, loss_of, train=False)
 
-def prepare(run: Run) -> tuple:
+def toy_model():
+    """A GPT-NeoX that knows nothing yet, and a tokenizer of 10 words."""
+    words = ["<eos>", TLDR.strip(), *KEYS, *FILLERS]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<eos>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()  # one token a word
+    config = transformers.GPTNeoXConfig(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=256, max_position_embeddings=32, bos_token_id=0, eos_token_id=0)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    return AutoModelForCausalLM.from_config(config), tokenizer
+
+def new_reward_model(run, prior):
+    """The prior with a fresh head of one number in place of its own."""
+    config = copy.deepcopy(prior.config)
+    config.num_labels = 1
+    with explain(f"no reward model can be made of {config.model_type}; give --reward"):
+        model = AutoModelForSequenceClassification.from_config(config)
+        refuse_if(not hasattr(model, "score"), "its head is no score")
+        model.base_model.load_state_dict(prior.base_model.state_dict())
+        return ready(run, model, run.tokenizer)
+
+def prepare(run):
     """Models and data, all read and found good before anything is written to the run's folder."""
-    cfg, out, behind = run.cfg, run.out, STAGES.index(run.state["stage"])
-    source = cfg.prior or (str(out / "prior") if behind > 0 else cfg.base)  # toy: None
-    prior, run.tokenizer = load(run, AutoModelForCausalLM, source)
-    reward, source = None, cfg.reward or (str(out / "reward") if behind > 1 else None)
-    if source:
-        reward, own = load(run, AutoModelForSequenceClassification, source)
-        run.reward_tokenizer = own if own.get_vocab() != run.tokenizer.get_vocab() else None
+    cfg, P = run.cfg, run.cfg.max_prompt_tokens
+    n = 4 * math.ceil(max(cfg.samples_per_prompt, cfg.eval_samples) / 4)  # every g is below
+    longest, reward = max(cfg.max_response_tokens, cfg.max_comparison_tokens), None
+    torch.manual_seed(cfg.seed)  # decides what is not read from a file
+    source = cfg.prior or (str(run.out / "prior") if run.done > 0 else cfg.base)
+    prior, run.tokenizer = load(run, AutoModelForCausalLM, source) if source else toy_model()
+    prior = prior if source else ready(run, prior, run.tokenizer)
+    check_model(prior, n, P, cfg.max_response_tokens)
+
+    if cfg.reward:
+        run.reward = load_reward(run, cfg.reward, n, P, longest, prior)
+    else:
+        reward = new_reward_model(run, prior) if run.done < 2 else load(
+            run, AutoModelForSequenceClassification, str(run.out / "reward"))[0]
+        check_model(reward, n, P, longest)
+        run.reward = partial(score_reward, reward)
+
     train, test = (load_task(cfg, part, run.tokenizer) for part in ("train", "test"))
     for name, text in ("prior", "reference"), ("reward", "chosen"):
-        refuse_if(not (getattr(cfg, name) or (having(train, text) and having(test, text))),
+        refuse_if(not (getattr(cfg, name) or (with_text(train, text) and with_text(test, text))),
                   f"train or test has no row with a {text} text; add some, or give --{name}")
-    with telling(f"--out {out} cannot be written"):
-        out.mkdir(parents=True, exist_ok=True)
-        size, free = 12e-9 * prior.num_parameters(), shutil.disk_usage(out).free / 1e9
-        print(f"a state (weights, two moments) takes {size:.2g} GB, {free:.3g} GB are free")
-        refuse_if("config" not in run.state and free < 3 * size,  # two states and the models
-                  f"it needs {3 * size:.3g} GB of free space")
-        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
-        with open(out / "metrics.jsonl", "a") as file:
-            file.truncate(run.state.get("metrics", 0))
-    if "config" not in run.state:  # from here on, this folder is of this configuration
-        run.save("sft", 0)
+    judge(run, text_batches(run, train[:1], ("prompt",) * n, longest)[0])  # tries a reward of texts
+    run.begin(prior.num_parameters())
     print(*(f"{name}={value}" for name, value in asdict(cfg).items()), flush=True)
     return prior, reward, train, test
 
-def execute(cfg: Config) -> dict:
+def execute(run):
     """Stages 1 to 4; the figures of the last line."""
-    run, began = Run(cfg), time.time()
-    if run.state["stage"] == "done":
+    cfg, began = run.cfg, time.time()
+    gone = [name for name in LEFT[:7] if not (run.out / name).exists()]
+    if not gone and not cfg.overwrite:
         print(f"this run is finished, see {run.out / 'report.md'}; --overwrite starts afresh")
-        return run.state["result"]  # the same figures as then
+        found = json.loads((run.out / "result.json").read_text())
+        return {name: value for name, value in found.items() if name != "config"}
+
     prior, reward, train, test = prepare(run)
-    notes = [f"{cfg.steps} steps, kl_coef {cfg.kl_coef}, seed {cfg.seed}, on {run.where}."]
+    defaults = asdict(Config()) | PRESETS[cfg.task]
+    hidden = "out", "device"
+    dials = {k: v for k, v in asdict(cfg).items() if v != defaults[k] and k not in hidden}
+    notes = [f"- {cfg.steps} steps on {run.where}; not as by default: {dials}"]
     if not cfg.prior:  # stage 1
-        loss = fit_texts(run, "sft", prior, train, test)["loss"]
-        notes += [f"Prior: {loss.mean():.3f} nats a token on {len(loss)} held-out references."]
+        found = fit_texts(run, "sft", prior, sft_loss, ("reference",), cfg.max_response_tokens,
+                          cfg.sft_batch, cfg.sft_epochs, cfg.sft_lr, train, test)
+        notes += [f"- prior: {found['loss']:.3f} nats a token on held-out references"]
     if not cfg.reward:  # stage 2
-        source = cfg.prior or str(run.out / "prior")
-        reward = reward or load(run, AutoModelForSequenceClassification, source, new_head=True)[0]
-        right = fit_texts(run, "reward", reward, train, test)["accuracy"]
-        notes += ["Reward model: {:.3f} [{:.3f}, {:.3f}] of {} held-out pairs right.".format(
-            right.mean(), *wilson(right)[1], len(right))]
-    print(*notes, sep="\n", flush=True)
+        if run.done < 2:
+            reward.base_model.load_state_dict(prior.base_model.state_dict())
+        found = fit_texts(run, "reward", reward, preference_loss, ("chosen", "rejected"),
+                          cfg.max_comparison_tokens, cfg.reward_batch, cfg.reward_epochs,
+                          cfg.reward_lr, train, test)
+        notes += [f"- reward model: {found['accuracy']:.3f} of held-out pairs ordered right"]
+        run.reward = partial(score_reward, freeze(reward, run.dtype))
+
     torch.backends.cuda.matmul.allow_tf32 = True  # fp32 heads: 10 bits of mantissa, bf16 has 7
-    prior = prior.to(run.dtype)  # stage 3: the policy starts from the prior's rounded weights
-    models = dict(prior=prior, reward=reward.to(run.dtype), policy=copy.deepcopy(prior).float())
-    if cfg.task == "tldr":  # no mere comparisons
-        train, test = having(train, "reference"), having(test, "reference")
-    index = draw(len(test), min(cfg.eval_prompts, len(test)), 0, cfg.seed, "eval")
-    held = sorted((test[i] for i in index), key=lambda e: len(run.tokenizer(e.prompt).input_ids))
-    exact = enumerate_posterior(run, models, held[:16])
-    step = functools.partial(brain_step, run, models, train, exact)
-    fit(run, "brain", models["policy"], cfg.steps, cfg.lr, step, policy_loss)
-    run.export(models["policy"], "policy")  # for AutoModelForCausalLM.from_pretrained
-    run.where, run.clock = "eval", Counter()  # stage 4
-    rows, groups = evaluate(run, models, held, exact)
-    notes += [f"Evaluation: {len(held)} held-out prompts × {cfg.eval_samples} samples, judged by "
-              "training's reward model; {tie_share:.3f} of pairs tie.".format(**rows["policy"])]
-    report(run, rows, groups, held, notes)
-    result = dict(task=cfg.task, steps=cfg.steps, seconds=round(time.time() - began, 1),
-                  win_rate_vs_reference=None, win_rate_vs_reference_ci=None, reward_reference=None)
+    prior = freeze(prior, run.dtype)  # stage 3: the policy starts from the rounded matrices
+    models = {"prior": prior, "policy": copy.deepcopy(prior).float()}
+    held_out = draw(test, min(cfg.eval_prompts, len(test)), 0, cfg.seed, "eval")
+    listed = enumerate_posterior(run, prior, held_out[:8])
+    turns = cfg.prompts_per_refresh // cfg.prompts_per_step
+    every = math.ceil(cfg.save_every / turns) * turns
+    steps_from = partial(brain_steps, run, models, train, listed)
+    fit(run, "brain", models["policy"], cfg.steps, cfg.lr, every, steps_from, policy_loss)
+
+    run.where = "eval"  # stage 4
+    freeze(models["policy"], run.dtype)
+    rows, samples = evaluate(run, models, held_out)
+    notes += [f"- evaluation: {len(held_out)} held-out prompts × {cfg.eval_samples} samples, "
+              f"judged by {cfg.reward or 'the reward model that trained the policy'}"]
+    result = {"task": cfg.task, "steps": cfg.steps, "seconds": time.time() - began}
     result |= {f"reward_{name}": row["reward"] for name, row in rows.items()}
-    result |= {k: v for k, v in rows["policy"].items() if "reward" not in k}
-    run.save("done", cfg.steps, result=result)  # a repeated command prints the result
+    result |= {k: v for k, v in rows["policy"].items() if k not in REPORTED[:2]}
+    if listed:
+        result["kl_to_posterior_start"] = exact_kl(run, prior, listed)
+        result["kl_to_posterior_end"] = exact_kl(run, models["policy"], listed)
+        notes += ["- exact KL(posterior ‖ policy): {kl_to_posterior_start:.3f} nats at the start, "
+                  "{kl_to_posterior_end:.3f} at the end".format(**result)]
+    report(run, rows, samples, notes)
+    result = json.loads(json.dumps(result), parse_float=lambda x: round(float(x), 6))
+    part = run.out / "result.json.part"
+    part.write_text(json.dumps(result | {"config": asdict(cfg)}))
+    part.rename(run.out / "result.json")  # it says that the run is finished
     return result
 
 def main(argv: list[str] | None = None) -> int:
     """0: done; 1: a check failed or a guard stopped the run; 2: bad input; 130: Ctrl-C."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading weights, and all of the hub's
-    if sys.stdout.isatty():
-        utils.enable_progress_bars()  # of downloads
     utils.logging.set_verbosity_error()
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal without UTF-8 stops nothing
+        sys.stdout.reconfigure(errors="replace")
     try:
         cfg = parse_config(argv)
         if not cfg.check:
-            print(json.dumps(execute(cfg)))
+            with contextlib.closing(Run(cfg)) as run:
+                print(json.dumps(execute(run)))
             return 0
         for name, claim, error, tolerance, ok in (checks := derivation_checks()):
             print(f"{'ok' if ok else 'FAIL'}  {error:.1e} ≤ {tolerance:.0e}  {name}: {claim}")
-        return 0 if all(check.ok for check in checks) else 1
-    except SystemExit as stop:  # --help
-        return stop.code
+        return int(not all(check.ok for check in checks))
+    except SystemExit as stop:  # --help, or a reward of texts that ends the program
+        if "--help" in (argv or sys.argv):
+            return 0
+        status, message = 1, f"something called sys.exit({stop.code})"
     except KeyboardInterrupt:
         status, message = 130, "stopped; the same command continues"
     except torch.OutOfMemoryError:
         status, message = 1, "out of memory: repeat with a lower --micro_batch_tokens"
-    except (BadInput, Halt, OSError) as error:
-        status, message = 2 if isinstance(error, BadInput) else 1, error
+    except Stop as stop:
+        status, message = stop.status, stop
+    except Exception as error:
+        path = Path(tempfile.mkdtemp(), "error.txt")
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+        status, message = 1, f"{type(error).__name__}: {first_line(error)}; see {path}"
     print(f"brain.py: {message}", file=sys.stderr)
     return status
 
