@@ -1270,7 +1270,7 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         status, message = 1, "out of memory: repeat with a lower --micro_batch_tokens"
     except Stop as stop:
-        status, message = stop.status, stop
+        status, message = stop.status, str(stop)
     except Exception as error:
         path = Path(tempfile.mkdtemp(), "error.txt")
         path.write_text(traceback.format_exc(), encoding="utf-8")
