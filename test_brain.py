@@ -6245,7 +6245,7 @@ def rehearse(family: str, folder: Path, out: str, source: str | None = None) -> 
     global brain
     kept, flags = brain, dict(base=folder / "gpt_neox")
     if family != "gpt_neox":
-        reward = folder / ("bert" if family == "gpt2" else "judge.py")
+        reward = folder / ("bert" if family == "gpt2" else "decoder")
         flags = dict(prior=folder / family, reward=reward)
     try:
         if source:
@@ -6308,7 +6308,7 @@ def pretend(argv: list[str]) -> None:
         for part in (transformers.AutoModelForCausalLM.from_config(config), tokenizer):
             part.save_pretrained(folder / family)
     (folder / "bert").symlink_to(checkpoints / "bert")
-    (folder / "judge.py").write_text("def reward(x, y, z): return [len(text) for text in y]")
+    (folder / "decoder").symlink_to(checkpoints / "gpt_neox/reward")  # of another tokenizer
     row = dict(prompt="sun the moon", reference="moon", chosen="sun", rejected="the a")
     for split in ("train", "test"):
         write_lines(folder / f"{split}.jsonl", [row | dict(prompt=w + " a") for w in KEY_WORDS])
