@@ -45,6 +45,7 @@ import random
 import re
 import runpy
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -55,6 +56,9 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+if __name__ == "__main__":  # Ctrl-C during the slow imports below ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import tokenizers
 import torch
@@ -218,7 +222,7 @@ class explain:
 
 def first_line(error):
     """What an error says, in one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 def refuse_if(wrong, why):
     """Stop for a user's mistake."""
@@ -367,15 +371,17 @@ def shorten(prompt, fits):
     best = bisect.bisect_left(cuts, True, key=lambda cut: fits(f"{head}{marker}{post[:cut]}{TLDR}"))
     return f"{head}{marker}{post[: cuts[best]]}{TLDR}" if best < len(cuts) else ""
 
+def within(tokenizer, limit, prompt):
+    """Whether a prompt has tokens, and no more than the limit."""
+    return 0 < len(tokenizer(prompt).input_ids) <= limit
+
 def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
     """The examples of a split ("train" or "test"), their prompts within max_prompt_tokens.
 
     Others are cut (tldr) or skipped, as are rows that the data set itself has broken; both are
     counted. Stop for a row that breaks its format, and where too few remain.
     """
-    def fits(prompt):
-        return 0 < len(tokenizer(prompt).input_ids) <= cfg.max_prompt_tokens
-
+    fits = partial(within, tokenizer, cfg.max_prompt_tokens)
     examples, broken, long = [], 0, 0
     for example in bar(read_examples(cfg, split), f"reading {split}"):
         prompt = example.prompt if example else ""
@@ -1279,4 +1285,5 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

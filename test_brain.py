@@ -5128,8 +5128,10 @@ MORE_BAD_INPUTS = [
     ("reward file: syntax", f"{RUN} --reward {{r_syntax}}", r"r_syntax\.py: invalid syntax"),
     ("reward file: import", f"{RUN} --reward {{r_missing}}", "r_missing.*no_such_module"),
     ("reward file: a null byte", f"{RUN} --reward {{r_null}}", r"r_null\.py.*null byte"),
-    ("reward: too few", f"{RUN} --reward {{r_short}}", r"8 responses need 8 .*\[(1\.0, ){6}1"),
-    ("reward: too many", f"{RUN} --reward {{r_long}}", r"8 responses need 8 .*\[(1\.0, ){8}1"),
+    ("reward: too few", f"{RUN} --reward {{r_short}}",
+     r"8 responses need 8 .* not \[(1\.0, ){6}1\.0\]"),
+    ("reward: too many", f"{RUN} --reward {{r_long}}",
+     r"8 responses need 8 .* not \[(1\.0, ){8}1\.0\]"),
     ("reward: nan", f"{RUN} --reward {{r_nan}}", "finite rewards, not .*nan"),
     ("reward: infinite", f"{RUN} --reward {{r_inf}}", "finite rewards, not .*inf"),
     ("reward: an exception", f"{RUN} --reward {{r_raises}}", "reward of texts: .*no.*such answer"),
@@ -5337,19 +5339,26 @@ def fake_run(folder: Path, **changes):
     return run
 
 
-def test_the_number_of_threads_is_kept(brief, brief_run, tmp_path, monkeypatch, capfd):
-    """Catches a run that continues with another number of threads, whose sums are others."""
-    out, real, calls = tmp_path / "run", brain.Run.save, []
+@pytest.fixture(scope="module")
+def half_run(brief, tmp_path_factory) -> Path:
+    """The folder of such a run that was stopped after four of its eight steps."""
+    out, real = tmp_path_factory.mktemp("half") / "run", brain.Run.save
 
     def save(run, stage, step, **parts):
         real(run, stage, step, **parts)
-        calls.append(step)
         if step == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(brain.Run, "save", save)
-    assert "continue" in refused(capfd, [*SMALL, str(out), *brief], status=130)
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(brain.Run, "save", save)
+        assert brain.main([*SMALL, str(out), *brief]) == 130
+    return out
+
+
+def test_the_number_of_threads_is_kept(brief, half_run, brief_run, tmp_path):
+    """Catches a run that continues with another number of threads, whose sums are others."""
+    out = tmp_path / "run"
+    shutil.copytree(half_run, out)
     torch.set_num_threads(2)
     try:
         assert brain.main([*SMALL, str(out), *brief]) == 0
@@ -5378,8 +5387,9 @@ def test_a_folder_of_somebody_elses(content, brief, tmp_path, capfd):
     (out / content).write_text("mine")
     assert "--overwrite" in refused(capfd, [*SMALL, str(out), *brief])
     assert snapshot(out) == {content: b"mine"}
-    assert brain.main([*SMALL, str(out), *brief, "--steps", "2", "--overwrite"]) == 0
-    assert (snapshot(out).get(content) == b"mine") == (content == "notes.txt")
+    if content in ("notes.txt", "report.md"):
+        assert brain.main([*SMALL, str(out), *brief, "--steps", "2", "--overwrite"]) == 0
+        assert (snapshot(out).get(content) == b"mine") == (content == "notes.txt")
 
 
 @pytest.mark.parametrize("what", ["deleted", "foreign", "text"])
@@ -5498,18 +5508,10 @@ def test_no_input_lies_inside_the_folder(brief, brief_run, capfd):
 
 
 @pytest.mark.parametrize("how", ["deleted", "shortened", "prefixed", "edited", "emptied"])
-def test_metrics_that_were_touched(how, brief, tmp_path, monkeypatch, capfd):
+def test_metrics_that_were_touched(how, brief, half_run, tmp_path, capfd):
     """Catches metrics.jsonl found broken after all training, or never."""
-    out, real = tmp_path / "run", brain.Run.save
-
-    def save(run, stage, step, **parts):
-        real(run, stage, step, **parts)
-        if step == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(brain.Run, "save", save)
-    refused(capfd, [*SMALL, str(out), *brief], status=130)
-    monkeypatch.undo()
+    out = tmp_path / "run"
+    shutil.copytree(half_run, out)
     path = out / "metrics.jsonl"
     text = path.read_text()
     if how == "deleted":
@@ -5608,7 +5610,7 @@ def test_out_of_memory_on_a_cpu(what, shelf, tmp_path):
         path.write_bytes(gzip.compress(b"[" * 2**20, 1) * 600)
         argv += ["--task", "hh", "--hh_subsets", "harmless-base", "--data_dir", str(tmp_path)]
     else:
-        argv += ["--task", "jsonl", "--data_dir", shelf["data"], "--samples_per_prompt", "100000"]
+        argv += ["--task", "jsonl", "--data_dir", shelf["data"], "--samples_per_prompt", "30000"]
     run = forked(argv, tmp_path, limit_memory)
     assert run.status in (1, 2) and run.stderr.count("\n") == 1, run.stderr[-800:]
     assert run.stderr.startswith("brain.py: "), run.stderr
@@ -6010,6 +6012,43 @@ def test_a_step_counts_all_its_micro_batches(tmp_path):
 
     found = brain.run_losses(Step(tmp_path, 1.0), None, halves, loss_of, train=False)
     assert found == {"loss": 3.25, "reward": 3.25, "log_ratio_min": -5, "log_ratio_max": 5}
+
+
+def test_held_out_figures_of_the_report(shelf, tmp_path):
+    """Catches a prior or a reward model judged by what it was trained on, and stage 2 trained at
+    stage 1's rate or from a backbone that knows nothing."""
+    for k, split in enumerate(("train", "test")):
+        write_lines(tmp_path / f"{split}.jsonl", [
+            {"prompt": f" why {'so ' * (i + k)}?", "reference": f" {'yes no'.split()[k]} {i} .",
+             "chosen": f" {WORDS[7 * i + k]}", "rejected": f" {WORDS[5 * i + k + 1]} no"}
+            for i in range(5)])
+    with recorded("preference_loss") as calls:
+        run = launch(tmp_path / "run", task="jsonl", base=shelf["prior"], data_dir=tmp_path,
+                     sft_batch=5, reward_batch=5, sft_lr=1e-2, reward_lr=1e-4, steps=1,
+                     prompts_per_refresh=4)
+    assert run.status == 0, run.stderr
+    (_, _, batch), (loss, _) = calls[0]
+    prior, reward = (kind.from_pretrained(run.folder / name) for kind, name in (
+        (transformers.AutoModelForCausalLM, "prior"),
+        (transformers.AutoModelForSequenceClassification, "reward")))
+    moved = [(reward.base_model.state_dict()[name] - value).abs().max().item()
+             for name, value in prior.base_model.state_dict().items()]
+    assert max(moved) < 1.5e-4  # one step of AdamW from the prior, at reward_lr
+
+    tokenizer, losses, right = build_tokenizer(), [], []
+    for row in map(json.loads, (tmp_path / "test.jsonl").read_text().splitlines()):
+        x = tokenizer(row["prompt"]).input_ids
+        with torch.no_grad():
+            y = [*tokenizer(row["reference"]).input_ids, 0]
+            log_p = prior(torch.tensor([x + y])).logits[0, len(x) - 1 : -1].log_softmax(-1)
+            losses.append(-log_p[range(len(y)), y].mean().item())
+            scores = [reward.score(reward.base_model(torch.tensor(
+                [x + tokenizer(row[name]).input_ids + [0]])).last_hidden_state[0, -1]).item()
+                for name in ("chosen", "rejected")]
+        right.append(scores[0] > scores[1])
+    report = (run.folder / "report.md").read_text()
+    assert f"{statistics.mean(losses):.3f} nats a token on held-out" in report
+    assert f"{statistics.mean(right):.3f} of held-out pairs" in report
 
 
 # -- Kill -9 before and after every file operation: `python test_brain.py kills` -------------------
