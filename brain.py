@@ -32,7 +32,6 @@ Departures from the paper:
 """
 
 import bisect
-import contextlib
 import copy
 import fcntl
 import gzip
@@ -229,10 +228,6 @@ def refuse_if(wrong, why):
     if wrong:
         raise Stop(why)
 
-def bar(items, what, **options):
-    """A progress bar, where somebody looks."""
-    return tqdm(items, what, disable=not sys.stdout.isatty(), **options)
-
 def parse_config(argv: list[str] | None = None) -> Config:
     """The resolved configuration of a command line; Stop before anything is loaded."""
     parser = HfArgumentParser(Config, allow_abbrev=False, add_help=False, prog="brain.py")
@@ -260,6 +255,7 @@ def check_config(cfg):
             least = LEAST.get(name, 1 if type(value) is int else 1e-12)
             refuse_if(not least <= value <= 10**9,
                       f"--{name} must be between {least} and {10**9}, not {value}")
+
     refuse_if(cfg.base and cfg.prior, "--base is made into the prior: give no --prior beside it")
     refuse_if(cfg.task != "toy" and not (cfg.base or cfg.prior), "--base or --prior is needed")
     refuse_if(cfg.task == "tldr" and not cfg.reward, "tldr has no comparisons: --reward is needed")
@@ -383,7 +379,7 @@ def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
     """
     fits = partial(within, tokenizer, cfg.max_prompt_tokens)
     examples, broken, long = [], 0, 0
-    for example in bar(read_examples(cfg, split), f"reading {split}"):
+    for example in tqdm(read_examples(cfg, split), f"reading {split}", disable=None):
         prompt = example.prompt if example else ""
         if prompt and not fits(prompt):
             prompt = shorten(prompt, fits) if cfg.task == "tldr" else ""
@@ -434,73 +430,66 @@ class Batch(NamedTuple):
     scores: dict[str, Tensor]  # what is known of the responses, (B, n) each
 
 def pack(prompts, responses, device="cpu") -> Batch:
-    """Lists of ids, of B prompts, a token or more each, and of n responses to each, eos included.
-
-    Raises ValueError for an empty prompt or a ragged n.
-    """
+    """Lists of ids, of B prompts and of n responses to each, eos included; ValueError for an empty
+    prompt or a ragged n."""
     if not all(prompts) or len({len(ys) for ys in responses}) != 1:
         raise ValueError("pack needs prompts of a token or more, and n responses to each")
     rows = [x[-1:] + y for x, ys in zip(prompts, responses, strict=True) for y in ys]  # (B·n)
-    tensor, pad = torch.tensor, partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    prompt = pad([tensor([0, *x[:-1]]) for x in prompts], padding_side="left")  # (B, P)
-    known = tensor([len(x) - 1 for x in prompts])  # (B,)
-    real = torch.arange(prompt.shape[1], 0, -1) <= known[:, None]  # (B, P)
-    branch = pad([tensor(row) for row in rows]).unflatten(0, (len(prompts), -1))
-    length = tensor([len(row) - 1 for row in rows]).view(branch.shape[:2])
-    tensors = (x.to(device) for x in (prompt, real, branch, length))
-    return Batch(*tensors, (prompts, responses), [], {})
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=-1)
+    prompt = pad([torch.tensor([-1, *x[:-1]]) for x in prompts], padding_side="left").to(device)
+    branch = pad([torch.tensor(row) for row in rows]).unflatten(0, (len(prompts), -1)).to(device)
+
+    length = (branch >= 0).sum(-1) - 1  # (B, n): −1 is padding
+    return Batch(prompt.clamp(min=0), prompt >= 0, branch.clamp(min=0), length,
+                 (prompts, responses), [], {})
 
 def attend(model, cache, tokens, position, see):
     """The model's output for tokens (rows, T), which see (rows, T, cached + T) of cache and row."""
     # added to the attention scores: a boolean mask would be silently wrong under eager attention
-    mask = torch.zeros(see.shape, dtype=model.dtype, device=see.device).masked_fill(~see, MASKED)
+    mask = torch.where(see, 0.0, MASKED).to(model.dtype)
     return model(tokens, attention_mask=mask[:, None], position_ids=position, use_cache=True,
                  past_key_values=cache)
 
 def prefill(model, batch, copies):
     """A cache with the prompts' keys and values, with gradients, each in so many rows."""
-    cache, step = transformers.DynamicCache(), torch.arange(batch.prompt.shape[1])
-    step = step.to(batch.real.device)
-    see = batch.real[:, None] & (step <= step[:, None])  # (B, P, P)
-    see |= step == step[:, None]  # padding sees itself: no row of attention is empty
+    cache, P = transformers.DynamicCache(), batch.prompt.shape[1]
+    own = torch.eye(P, device=batch.real.device).bool()  # no row of attention is empty
+    see = batch.real[:, None].expand(-1, P, -1).tril() | own  # (B, P, P)
     position = (batch.real.cumsum(-1) - 1).clamp(min=0)  # (B, P)
     attend(model.base_model, cache, batch.prompt, position, see)
     cache.batch_repeat_interleave(copies)
     return cache
 
 def feed(model, cache, batch, tokens, own, step):
-    """The model's output for rows of tokens (B·n/g, T), each at its step (T,) of its branch.
-
-    A token sees its prompt, and what `own` (T, …) allows of its row.
-    """
-    T, copies = len(own), len(tokens) // len(batch.prompt)
-    prompt = batch.real[:, None].expand(-1, T, -1)  # (B, T, P)
-    see = torch.cat([prompt, own.expand(len(prompt), -1, -1)], -1)  # (B, T, P + …)
-    position = (batch.real.sum(-1, keepdim=True) + step).expand(-1, T)  # (B, T)
-    position, see = (x.repeat_interleave(copies, 0) for x in (position, see))
+    """The model's output for rows of tokens (B·n/g, T), each at its step (T,) of its branch; it
+    sees its prompt, and what `own` (T, …) allows of its row."""
+    rows, T = tokens.shape
+    real = batch.real.repeat_interleave(rows // len(batch.real), 0)  # (rows, P)
+    see = torch.cat([real[:, None].expand(-1, T, -1), own.expand(rows, -1, -1)], -1)
+    position = (real.sum(-1, keepdim=True) + step).expand(-1, T)  # (rows, T)
     return attend(model, cache, tokens, position, see)
 
-def feed_branches(part, model, batch, tokens, g=0):
-    """The output of the model's part for branches (B, n, T), g to a row."""
+def feed_branches(model, batch, tokens, g=0):
+    """The model's output for branches (B, n, T), g to a row."""
     n, T = tokens.shape[1:]
     g = g or math.gcd(n, 4)
     own = torch.block_diag(*[torch.ones(T, T).tril()] * g).bool().to(tokens.device)
     step = torch.arange(T, device=tokens.device).repeat(g)
-    return feed(part, prefill(model, batch, n // g), batch, tokens.reshape(-1, g * T), own, step)
+    return feed(model, prefill(model, batch, n // g), batch, tokens.reshape(-1, g * T), own, step)
 
 def sequence_log_prob(model, batch: Batch, temperature: float = 1.0, g: int = 0) -> Tensor:
     """log q(y|x) of each response, (B, n), in nats, fp32, differentiable."""
     target = batch.branch[..., 1:]  # (B, n, R)
-    output = feed_branches(model, model, batch, batch.branch[..., :-1], g)
-    logits = output.logits.float().flatten(0, 1) / temperature  # (B·n·R, V)
+    logits = feed_branches(model, batch, batch.branch[..., :-1], g).logits.float()
+    logits = logits.flatten(0, 1) / temperature  # (B·n·R, V)
     token = -F.cross_entropy(logits, target.flatten(), reduction="none").view(target.shape)
     real = torch.arange(target.shape[2], device=target.device) < batch.length[..., None]
     return token.where(real, 0).sum(-1)
 
 def score_reward(reward_model, batch: Batch) -> Tensor:
     """The raw reward of each response, (B, n), fp32, read at its last token; differentiable."""
-    output = feed_branches(reward_model.base_model, reward_model, batch, batch.branch)
-    score = reward_model.score(output.last_hidden_state).float().view(batch.branch.shape)
+    hidden = feed_branches(reward_model.base_model, batch, batch.branch).last_hidden_state
+    score = reward_model.score(hidden).float().view(batch.branch.shape)  # (B, n, 1 + R)
     return score.gather(-1, batch.length[..., None]).squeeze(-1)
 
 @torch.no_grad()
@@ -576,11 +565,10 @@ def ready(run, model, tokenizer):
 
 def context_of(model):
     """The most tokens of a row; where longrope would make a score depend on the longest row."""
-    text, sizes = str(model.config), [getattr(model.config, name, 0) or 0 for name in (
-        "max_position_embeddings", "sliding_window")]
-    if "longrope" in text:
-        sizes += map(int, re.findall(r'"original_max_position_embeddings": (\d+)', text))
-    return min((size for size in sizes if size > 0), default=sys.maxsize)
+    config = str(model.config)
+    longest = "original_max_position" if "longrope" in config else "(?:max|n)_position"
+    sizes = re.findall(rf'"(?:{longest}\w*|sliding_window)": ([1-9]\d*)', config)
+    return min(map(int, sizes), default=sys.maxsize)
 
 @torch.no_grad()
 def check_model(model, n, P, R):
@@ -743,6 +731,7 @@ class Run:
         print(f"two states and the models take {need:.2g} GB, {free:.3g} GB are free")
         new = "config" not in self.state
         refuse_if(new and free < need, f"there is too little room for --out {self.out}")
+
         with explain(f"--out {self.out} cannot be written"):
             for path in self.out.iterdir() if new else ():
                 if path.name.removesuffix(".part") in LEFT:  # of the run that is overwritten
@@ -752,7 +741,13 @@ class Run:
                 file.truncate(self.state.get("size", 0))
             if new:  # the folder is empty or has a state, whenever a kill may come
                 self.save("sft", 0)
-            (self.out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
+            self.write("config.json", json.dumps(asdict(self.cfg), indent=1))
+
+    def write(self, name, text):
+        """Replace a text file of the folder in one move."""
+        part = self.out / f"{name}.part"
+        part.write_text(text, encoding="utf-8")
+        part.rename(self.out / name)
 
     def save(self, stage, step, **parts):
         """Replace state.pt in one move."""
@@ -780,10 +775,6 @@ class Run:
             shutil.rmtree(self.out / name, ignore_errors=True)
             part.rename(self.out / name)
 
-    def close(self):
-        """Let the folder go."""
-        self.lock.close()
-
     def require(self, fine, what, batch):
         """Stop where a number is not fine (b, …), and name its prompt."""
         if not fine.all():
@@ -801,11 +792,13 @@ def make_generator(*key):
 
 def draw(examples, size, step, *key):
     """A step's share of the examples, which are shuffled anew in each epoch."""
-    places = [divmod(step * size + i, len(examples)) for i in range(size)]
-    epochs = sorted({epoch for epoch, _ in places})
-    order = {epoch: torch.randperm(len(examples), generator=make_generator(*key, epoch)).tolist()
-             for epoch in epochs}
-    return [examples[order[epoch][i]] for epoch, i in places]
+    epoch, start = divmod(step * size, len(examples))
+    order = []
+    while len(order) < start + size:
+        generator = make_generator(*key, epoch)
+        order += torch.randperm(len(examples), generator=generator).tolist()
+        epoch += 1
+    return [examples[i] for i in order[start : start + size]]
 
 def batch_size(run, prompts, branch_tokens):
     """Prompts to a micro-batch; V logits take the memory of V/2¹⁶ tokens more."""
@@ -816,9 +809,9 @@ def micro_batches(run, examples, responses, **scores):
     """Batches of n responses to each of the examples, sorted by the prompts' lengths."""
     prompts = encode(run.tokenizer, [example.prompt for example in examples])
     size = batch_size(run, prompts, len(responses[0]) * max(len(y) for ys in responses for y in ys))
-    order, batches = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), []
-    for first in range(0, len(order), size):
-        part = order[first : first + size]
+    order = torch.tensor([len(x) for x in prompts]).argsort(stable=True)
+    batches = []
+    for part in order.split(size):
         batch = pack([prompts[i] for i in part], [responses[i] for i in part], run.device)
         batch.examples.extend(examples[i] for i in part)
         batch.scores.update({name: values[part] for name, values in scores.items()})
@@ -932,7 +925,7 @@ def fit(run, stage, model, steps, lr, every, steps_from, loss_of):
     run.state = {"stage": stage}  # its memory is free again
 
     drawn = steps_from(start)
-    for step in (progress := bar(range(start, steps), stage, total=steps, initial=start)):
+    for step in (bar := tqdm(range(start, steps), stage, steps, initial=start, disable=None)):
         run.where, run.clock = f"{stage}, step {step}", Counter()
         batches, metrics = next(drawn)
         began, rate = time.perf_counter(), lr * (1 - step / steps)  # falls linearly to 0
@@ -946,7 +939,7 @@ def fit(run, stage, model, steps, lr, every, steps_from, loss_of):
         metrics |= {"gradient_norm": norm.item(), "learning_rate": rate, **run.clock,
                     "seconds_stepping": time.perf_counter() - began,
                     "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
-        progress.set_postfix(loss=metrics["loss"])
+        bar.set_postfix(loss=metrics["loss"])
         with open(run.out / "metrics.jsonl", "a") as file:
             print(json.dumps({"stage": stage, "step": step, **metrics}), file=file)
         if (step + 1) % every == 0 or step + 1 == steps:
@@ -977,6 +970,7 @@ def brain_steps(run, models, examples, listed, start):
         part = draw(examples, size * turns, refresh, cfg.seed, "brain")
         steps = [sample_batches(run, models, name, part[i : i + size], cfg.samples_per_prompt,
                                 "brain", refresh, i) for i in range(0, len(part), size)]
+
         found = merge([batch.scores for batches in steps for batch in batches])  # (B, n) each
         reward, ratio = found["reward"], found["log_proposal"] - found["log_prior"]
         metrics = {"refresh_reward": reward.mean().item(), "refresh_kl": ratio.mean().item(),
@@ -1093,10 +1087,8 @@ def report(run, rows, samples, notes):
         shown.append(f"- {sample['model']}: `{prompt!r}` → `{response!r}`")
 
     text = [f"# BRAIn on {run.cfg.task}", "", *notes, "", *table, "", "## Samples", "", *shown, ""]
-    (run.out / "report.md").write_text("\n".join(text), encoding="utf-8")
-    with open(run.out / "samples.jsonl", "w", encoding="utf-8") as file:
-        for sample in samples:
-            print(json.dumps(sample), file=file)
+    run.write("report.md", "\n".join(text))
+    run.write("samples.jsonl", "".join(f"{json.dumps(sample)}\n" for sample in samples))
     print(*shown, "", *notes, "", *table, f"see {run.out / 'report.md'}", sep="\n")
 
 # ---- Derivation checks: brain_loss and autograd on one side, the equations on the other ---------
@@ -1245,9 +1237,7 @@ def execute(run):
                   "{kl_to_posterior_end:.3f} at the end".format(**result)]
     report(run, rows, samples, notes)
     result = json.loads(json.dumps(result), parse_float=lambda x: round(float(x), 6))
-    part = run.out / "result.json.part"
-    part.write_text(json.dumps(result | {"config": asdict(cfg)}))
-    part.rename(run.out / "result.json")  # it says that the run is finished
+    run.write("result.json", json.dumps(result | {"config": asdict(cfg)}))  # this run is finished
     return result
 
 def main(argv: list[str] | None = None) -> int:
@@ -1258,10 +1248,12 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout = sys.stdout or open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):  # a terminal without UTF-8 stops nothing
         sys.stdout.reconfigure(errors="replace")
+
     try:
         cfg = parse_config(argv)
         if not cfg.check:
-            with contextlib.closing(Run(cfg)) as run:
+            run = Run(cfg)
+            with run.lock:  # lets the folder go
                 print(json.dumps(execute(run)))
             return 0
         for name, claim, error, tolerance, ok in (checks := derivation_checks()):
