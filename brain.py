@@ -1,16 +1,18 @@
 """BRAIn: Bayesian reward-conditioned amortized inference, in one file (arXiv 2402.02479).
 
-Condition the supervised model p(y|x) on "this answer is good" (G = 1). Bayes' rule and a
-reward model r give the posterior p(y|x, G=1) ∝ p(y|x)·exp(r(x, y)/kl_coef), the optimum of
-E_q[r] − kl_coef·KL(q‖p). It can be weighed but not sampled from, so distil it: draw n answers
-to a prompt from a proposal q′ (the policy of a moment ago), weigh them by self-normalised
-importance sampling (SNIS) and step the policy q_θ on KL(α̂ ‖ β̂), where
+Condition the supervised model p(y|x) on "this answer is good" (G = 1), which a reward model r
+says with p(G=1|x, y) ∝ exp(r(x, y)/kl_coef). By Bayes' rule the posterior is p(y|x, G=1) ∝
+p(y|x)·exp(r(x, y)/kl_coef), the optimum of E_q[r] − kl_coef·KL(q‖p). It can be weighed but not
+sampled from, so distil it: draw n answers to a prompt from a proposal q′ (the policy of a moment
+ago), weigh them by self-normalised importance sampling (SNIS) and step the policy q_θ on
+KL(α̂ ‖ β̂), where
 
     α̂ = softmax(log p + r/kl_coef − log q′)   is the posterior's share of each of the n answers,
     β̂ = softmax(log q_θ − log q′)             the policy's share, a self-normalised baseline, and
     −Σᵢ (α̂ᵢ − β̂ᵢ) ∇log q_θ(yᵢ)                the gradient: exactly 0 once the policy is right.
 
-Legend: B prompts, n responses to each, P prompt and R response tokens, V vocabulary.
+Legend: B prompts (b in a micro-batch), n responses to each, P prompt and R response tokens, V
+    vocabulary; a response is a branch of its prompt, and g branches share a row.
     log_prior   p, the supervised (SFT) model     log_proposal  q′, which sampled the responses
     log_policy  q_θ, the model being trained      reward        r(x, y), from the reward model
     A log-probability is of a whole response, in nats, summed over its tokens with end-of-text.
@@ -116,7 +118,7 @@ class Config:
     eval_prompts: int = 256  # held-out prompts of the evaluation, at least 3
     eval_samples: int = 4  # responses to each of them, at least 2
 
-# Presets hold differences only; those of tldr and hh are for 1B checkpoints on one H100 or H200.
+# Of each task what differs from above; tldr's and hh's are for 1B checkpoints on an H100 or H200.
 PRESETS = {
     "toy": dict(
         max_prompt_tokens=16, max_response_tokens=4, max_comparison_tokens=4, kl_coef=0.4,
@@ -333,14 +335,14 @@ def toy_examples(cfg, split):
         keys = rng.sample(KEYS, rng.randint(1, 3))
         words = rng.sample(keys + rng.choices(FILLERS, k=6 - len(keys)), 6)
         drafts = [rng.sample(keys, len(keys)) for _ in range(3)]  # reference, chosen, rejected
-        for draft in drafts * 2:  # people slip: a word too many, a wrong one, or one for two
+        for draft in drafts * 2:  # each may slip twice: a word too many, wrong, or one for two
             if rng.random() < 0.5:
                 at = rng.randrange(len(draft))
                 draft[at : at + rng.choice([0, 1, 2])] = [rng.choice(KEYS + FILLERS)]
 
         worth = [2 * len(set(draft) & set(keys)) - len(draft) for draft in drafts]
-        if rng.random() < 1 / (1 + math.exp(2 * (worth[1] - worth[2]))):  # and judges are noisy
-            drafts[1:] = drafts[2], drafts[1]  # the worse one is chosen
+        if rng.random() < 1 / (1 + math.exp(2 * (worth[1] - worth[2]))):  # σ(2Δworth), a noisy
+            drafts[1:] = drafts[2], drafts[1]  # judge: the other one is chosen
         yield Example(" ".join([*words, TLDR.strip()]), *map(" ".join, drafts))
 
 def read_examples(cfg, split):
@@ -352,7 +354,7 @@ def read_examples(cfg, split):
     elif cfg.task == "tldr":
         name = f"datasets/tldr_3_filtered/{split}.jsonl"
         yield from read_rows(fetch(cfg, TLDR_URL, name), parse_post)
-    else:
+    elif cfg.task == "hh":
         for subset in cfg.hh_subsets:
             yield from read_rows(fetch(cfg, HH_URL, f"{subset}/{split}.jsonl.gz"), parse_dialogue)
 
@@ -421,7 +423,7 @@ MASKED = torch.finfo(torch.bfloat16).min  # finite in bf16 and fp32
 class Batch(NamedTuple):
     """B prompts with n responses each, padded. A mask says what is real: pad may equal eos."""
 
-    prompt: Tensor  # (B, P) left-padded by one token or more, without its last token
+    prompt: Tensor  # (B, P) left-padded (by one or more: never empty), without its last token
     real: Tensor  # (B, P) False on padding
     branch: Tensor  # (B, n, 1 + R) the prompt's last token, then the response, right-padded
     length: Tensor  # (B, n) tokens of each response
@@ -478,7 +480,7 @@ def feed_branches(model, batch, tokens, g=0):
     return feed(model, prefill(model, batch, n // g), batch, tokens.reshape(-1, g * T), own, step)
 
 def sequence_log_prob(model, batch: Batch, temperature: float = 1.0, g: int = 0) -> Tensor:
-    """log q(y|x) of each response, (B, n), in nats, fp32, differentiable."""
+    """log q(y|x) of each response, (B, n), in nats, fp32, differentiable; g branches to a row."""
     target = batch.branch[..., 1:]  # (B, n, R)
     logits = feed_branches(model, batch, batch.branch[..., :-1], g).logits.float()
     logits = logits.flatten(0, 1) / temperature  # (B·n·R, V)
@@ -512,7 +514,7 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id: int, temperat
         log_p = (logits / temperature).log_softmax(-1)  # (B, n, V), fp32
         cdf = log_p.double().exp().cumsum(-1)  # (B, n, V), fp64
         ids = torch.searchsorted(cdf, uniform[..., step, None] * cdf[..., -1:], right=True)
-        ids = ids.clamp(max=cdf.shape[-1] - 1)  # (B, n, 1)
+        ids = ids.clamp(max=cdf.shape[-1] - 1)  # (B, n, 1); u·total may round up to the total
         log_q += log_p.gather(-1, ids).where(~ended, 0)
         tokens.append(ids.where(~ended, -1))  # −1 after the end
         ended |= ids == eos_id
@@ -657,14 +659,14 @@ def load_reward(run, source, n, P, R, prior):
 
 STAGES = ("sft", "reward", "brain")
 LEFT = ("report.md", "samples.jsonl", "metrics.jsonl", "config.json", "policy",
-        "state.pt", "result.json", "prior", "reward")  # by a run, in its folder
-FREE = ("data_dir", "save_every", "micro_batch_tokens", "out", "overwrite")  # change no result
+        "state.pt", "result.json", "prior", "reward")  # by a run; the first seven by every run
+FREE = ("data_dir", "save_every", "micro_batch_tokens", "out", "overwrite")  # may be changed
 
 class Run:
     """What the stages share, and the folder, which one process holds at a time.
 
     Draws are keyed by (seed, stage, step) and states saved between refreshes: stage, step, weights
-    and optimizer are all that a killed run needs to continue, bit for bit on a CPU.
+    and optimizer are all that a killed run needs to continue, bit for bit.
     """
 
     def __init__(self, cfg):
@@ -672,6 +674,7 @@ class Run:
         refuse_if(not cuda and (cfg.device == "cuda" or (cfg.task, cfg.device) == ("tldr", "auto")),
                   f"--device {cfg.device}: there is no CUDA GPU; or give --device cpu")
         torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients, and a plan for each shape
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see run_losses
         torch.backends.cuda.matmul.allow_tf32 = False  # the start check is exact
         self.device, self.out = "cuda" if cuda else "cpu", Path(cfg.out)
         self.dtype = torch.bfloat16 if cuda else torch.float32  # of frozen matrices and of compute
@@ -680,7 +683,7 @@ class Run:
         self.tokenizer = self.reward = None
         self.state = {"stage": "sft", "step": 0}
         self.clock = Counter()  # seconds of a step
-        self.where = torch.cuda.get_device_name() if cuda else "cpu"
+        self.where = torch.cuda.get_device_name() if cuda else "cpu"  # later stage and step, too
 
         with explain(f"--out {self.out}"):
             self.claim()
@@ -727,7 +730,8 @@ class Run:
 
     def begin(self, parameters):
         """The folder is this configuration's from here on: models and data are found good."""
-        need, free = 36e-9 * parameters, shutil.disk_usage(self.out).free / 1e9
+        need = 36e-9 * parameters  # GB: fp32 weights and moments, twice, and three models
+        free = shutil.disk_usage(self.out).free / 1e9
         print(f"two states and the models take {need:.2g} GB, {free:.3g} GB are free")
         new = "config" not in self.state
         refuse_if(new and free < need, f"there is too little room for --out {self.out}")
@@ -863,7 +867,8 @@ def sample_batches(run, models, name, examples, n, *key):
         for score, values in batch.scores.items():
             run.require(values.isfinite(), f"{score} is not finite", batch)
         check_sampler(run, batch)
-    run.clock.update(seconds_sampling=middle - began, seconds_scoring=time.perf_counter() - middle)
+    run.clock.update(  # adds
+        seconds_sampling=middle - began, seconds_scoring=time.perf_counter() - middle)
     return batches
 
 def check_sampler(run, batch):
@@ -871,8 +876,9 @@ def check_sampler(run, batch):
     gap, length = batch.scores.pop("log_q") - batch.scores["log_proposal"], batch.length  # (b, n)
     same = gap.abs() <= 2e-3 / 53 * length.clamp(min=53)  # measured: 1.8e-4 nats in 53 tokens
     if run.dtype is torch.bfloat16:  # rounding walks at random, a wrong sampler to one side
-        drift = gap.sum().abs() / length.sum() <= 0.01 + 0.1 / length.sum().sqrt()
-        same = drift & ((gap.square() / length).mean() <= 0.15**2).expand_as(gap)
+        unbiased = gap.sum().abs() / length.sum() <= 0.01 + 0.1 / length.sum().sqrt()
+        small = (gap.square() / length).mean() <= 0.15**2  # measured: 0.012² on an H200
+        same = (unbiased & small).expand_as(gap)
     run.require(same, f"scored is not sampled, by up to {gap.abs().max():.2g} nats", batch)
 
 def sft_loss(cfg, model, batch):
@@ -887,19 +893,25 @@ def preference_loss(cfg, model, batch):
 def policy_loss(cfg, model, batch):
     """3.3 Weigh the samples: BRAIn's loss, (b,), and what to watch (README, "Metrics")."""
     log_policy = sequence_log_prob(model, batch, cfg.temperature)  # (b, n), as all of these
-    known = [batch.scores[name] for name in ("log_prior", "log_proposal", "reward")]
-    loss, (alpha, beta) = brain_loss(log_policy, *known, cfg.kl_coef, target=cfg.target,
-                                     baseline=cfg.baseline, divergence=cfg.divergence)
-    to_prior, rho = (log_policy.detach() - other for other in known[:2])  # log-ratios, (b, n)
+    log_prior, log_proposal, reward = (
+        batch.scores[name] for name in ("log_prior", "log_proposal", "reward"))
+    loss, (alpha, beta) = brain_loss(
+        log_policy, log_prior, log_proposal, reward, cfg.kl_coef, target=cfg.target,
+        baseline=cfg.baseline, divergence=cfg.divergence)
+    rho = log_policy.detach() - log_proposal  # (b, n)
     return loss, {name: batch.scores[name].mean(-1) for name in REPORTED} | {
         "ess_alpha": effective_sample_size(alpha), "ess_beta": effective_sample_size(beta),
-        "reward_spread": known[2].std(-1) / cfg.kl_coef,
-        "kl_to_prior": (beta * to_prior).sum(-1),  # the policy's, whose shares β̂ are
+        "reward_spread": reward.std(-1) / cfg.kl_coef,
+        "kl_to_prior": (beta * (log_policy.detach() - log_prior)).sum(-1),  # β̂: policy's shares
         "log_ratio_min": rho.amin(-1), "log_ratio_max": rho.amax(-1)}
 
 def run_losses(run, model, batches, loss_of, train):
-    """The one micro-batch driver: loss and metrics over all prompts; to train, the gradient."""
+    """The one micro-batch driver: loss and metrics over all prompts; to train, the gradient.
+
+    On CUDA its sums are in one order, for 8 % more time, so that a killed run ends as another.
+    """
     found, total = [], sum(len(batch.prompt) for batch in batches)
+    torch.use_deterministic_algorithms(train and batches[0].prompt.is_cuda)
     for batch in batches:
         with run.autocast(), torch.set_grad_enabled(train):
             loss, metrics = loss_of(run.cfg, model, batch)  # (b,)
@@ -907,6 +919,7 @@ def run_losses(run, model, batches, loss_of, train):
         if train:
             (loss.sum() / total).backward()  # adds up to the gradient of the mean over all
         found.append({"loss": loss.detach(), **metrics})
+    torch.use_deterministic_algorithms(False)
     reduce = {"log_ratio_min": torch.min, "log_ratio_max": torch.max}
     return {k: reduce.get(k, torch.mean)(x).item() for k, x in merge(found).items()}
 
@@ -953,7 +966,7 @@ def text_steps(run, stage, examples, columns, limit, size, start):
         yield text_batches(run, part, columns, limit), {}
 
 def fit_texts(run, stage, model, loss_of, columns, limit, size, epochs, lr, train, test):
-    """Stage 1 or 2, if it is still to do; then losses and metrics of held-out texts, (N,)."""
+    """Stage 1 or 2, if it is still to do; then the mean loss and metrics of held-out texts."""
     train, test = (with_text(examples, columns[0]) for examples in (train, test))
     steps = math.ceil(epochs * len(train) / size)
     steps_from = partial(text_steps, run, stage, train, columns, limit, size)
@@ -996,10 +1009,11 @@ def win_rate(wins):
     rate, spread, P = wins.mean().item(), wins.var(correction=0).item(), len(wins)
     most = rate * (1 - rate)  # the spread if each prompt were won or lost whole
     # Few prompts near 0 or 1 may look alike for want of a rare kind, so there `spread` yields to
-    luck = 0.014 / P  # `most`. By simulation: less covers too rarely, more is too wide.
+    # `most`, by `luck`. By simulation: less covers too rarely, more is too wide.
+    luck = 0.014 / P
     trials = (P - 1) * (most**2 + luck) / (most * spread + luck)  # ≈ (P − 1)·most/spread
     trials = min(trials, 64 * P)  # however alike
-    pull = 1.92 * math.exp(2.42 / (P - 1.5)) / trials  # t²/(2 trials), t within 2.1 % of exact
+    pull = 1.92 * math.exp(2.42 / (P - 1.5)) / trials  # t²/(2 trials); 1.92 = 1.96²/2
     half = math.sqrt(pull * (pull + 2 * most))
     return rate, [(rate + pull - half) / (1 + 2 * pull), (rate + pull + half) / (1 + 2 * pull)]
 
@@ -1045,7 +1059,8 @@ def evaluate(run, models, examples):
     rows, rewards, samples, known = {}, {}, [], {}
     for name, batches in groups.items():
         for batch in batches:
-            judge(run, batch)
+            if name == "reference":  # others were judged when they were sampled
+                judge(run, batch)
             scored = batch.examples, batch.ids[1], batch.scores["reward"].tolist()
             for example, ys, reward in zip(*scored, strict=True):
                 reward = [known.setdefault((example.prompt, *y), r)  # equal ids tie
@@ -1120,10 +1135,10 @@ def check_dpo(q, p, q1, r, kl_coef):
     return {"DPO": gap(slope, q, p, p, r, kl_coef, target="argmax")}
 
 def check_policy_gradient(q, p, q1, r, kl_coef):
-    """KL(β̂ ‖ α̂) has the gradient −Σ β̂ (R − Σ β̂R) ∇log q_θ / kl_coef, on-policy RLOO's"""
+    """KL(β̂ ‖ α̂) has the gradient −Σ β̂ (w − Σ β̂w) ∇log q_θ / kl_coef, on-policy RLOO's"""
     beta = shares((q - q1).exp())
-    R = r - kl_coef * (q - p)  # PPO's reward, with its KL
-    advantage = R - (beta * R).sum(-1, keepdim=True)  # RLOO's times (n − 1)/n
+    w = r - kl_coef * (q - p)  # PPO's reward, with its KL
+    advantage = w - (beta * w).sum(-1, keepdim=True)  # RLOO's times (n − 1)/n
     return {"PPO": gap(-beta * advantage / kl_coef, q, p, q1, r, kl_coef, divergence="reverse")}
 
 def derivation_checks() -> list[Check]:
@@ -1160,7 +1175,7 @@ def new_reward_model(run, prior):
 def prepare(run):
     """Models and data, all read and found good before anything is written to the run's folder."""
     cfg, P = run.cfg, run.cfg.max_prompt_tokens
-    n = 4 * math.ceil(max(cfg.samples_per_prompt, cfg.eval_samples) / 4)  # every g is below
+    n = 4 * math.ceil(max(cfg.samples_per_prompt, cfg.eval_samples) / 4)  # so the widest row is
     longest, reward = max(cfg.max_response_tokens, cfg.max_comparison_tokens), None
     torch.manual_seed(cfg.seed)  # decides what is not read from a file
     source = cfg.prior or (str(run.out / "prior") if run.done > 0 else cfg.base)
@@ -1229,7 +1244,7 @@ def execute(run):
               f"judged by {cfg.reward or 'the reward model that trained the policy'}"]
     result = {"task": cfg.task, "steps": cfg.steps, "seconds": time.time() - began}
     result |= {f"reward_{name}": row["reward"] for name, row in rows.items()}
-    result |= {k: v for k, v in rows["policy"].items() if k not in REPORTED[:2]}
+    result |= {k: v for k, v in rows["policy"].items() if "reward" not in k}
     if listed:
         result["kl_to_posterior_start"] = exact_kl(run, prior, listed)
         result["kl_to_posterior_end"] = exact_kl(run, models["policy"], listed)
@@ -1264,7 +1279,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         status, message = 1, f"something called sys.exit({stop.code})"
     except KeyboardInterrupt:
-        status, message = 130, "stopped; the same command continues"
+        status, message = 130, "stopped; the same command, less --overwrite, continues"
     except torch.OutOfMemoryError:
         status, message = 1, "out of memory: repeat with a lower --micro_batch_tokens"
     except Stop as stop:
