@@ -52,7 +52,7 @@ import tempfile
 import time
 import traceback
 import zlib
-from collections import Counter, namedtuple
+from collections import namedtuple
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -682,7 +682,7 @@ class Run:
         self.cfg = replace(cfg, device=self.device)
         self.tokenizer = self.reward = None
         self.state = {"stage": "sft", "step": 0}
-        self.clock = Counter()  # seconds of a step
+        self.clock = {}  # seconds of a refresh
         self.where = torch.cuda.get_device_name() if cuda else "cpu"  # later stage and step, too
 
         with explain(f"--out {self.out}"):
@@ -788,7 +788,7 @@ class Run:
 # ---- Training: one loop, three losses: of one branch (sft), two (reward model) and n (BRAIn) ----
 
 REPORTED = ("reward", "raw_reward", "eos_share", "response_tokens")  # of each response
-SAMPLING = 8  # times the micro-batch: sampling keeps no activations, and each of its passes costs
+SAMPLING = 8  # times the micro-batch: sampling keeps no activations, and a pass costs the same
 
 def make_generator(*key):
     """A generator that its key decides: (seed, stage, step, …)."""
@@ -842,24 +842,27 @@ def judge(run, batch):
         response_tokens=batch.length.float())
 
 @torch.no_grad()
-def sample_batches(run, models, name, examples, n, *key):
-    """3.1 Sample n responses to each of the examples from models[name]; 3.2 score them, in the
-    micro-batches and the autocast of 3.4: log q_θ − log q′ begins at exactly 0."""
+def sample_batches(run, models, name, examples, n, generators, size):
+    """3.1 Sample n responses to each of the examples from models[name], with a generator each;
+    3.2 score them, in the micro-batches and the autocast of 3.4: log q_θ − log q′ begins at
+    exactly 0. Returns the micro-batches of each `size` of the examples, a step's."""
     cfg, began = run.cfg, time.perf_counter()
     prompts, responses, log_q = encode(run.tokenizer, [e.prompt for e in examples]), [], []
-    size = SAMPLING * batch_size(run, prompts, n * cfg.max_response_tokens)
-    for first in range(0, len(prompts), size):
-        part = prompts[first : first + size]
-        generators = [make_generator(cfg.seed, *key, first + i) for i in range(len(part))]
+    many = SAMPLING * batch_size(run, prompts, n * cfg.max_response_tokens)
+    for first in range(0, len(prompts), many):
+        part = slice(first, first + many)
         with run.autocast():
-            found = sample(models[name], part, n, cfg.max_response_tokens, generator=generators,
-                           eos_id=run.tokenizer.eos_token_id, temperature=cfg.temperature)
+            found = sample(models[name], prompts[part], n, cfg.max_response_tokens,
+                           eos_id=run.tokenizer.eos_token_id, temperature=cfg.temperature,
+                           generator=generators[part])
         responses += found[0]
         log_q.append(found[1])
-    middle, batches = time.perf_counter(), micro_batches(
-        run, examples, responses, log_q=torch.cat(log_q))
+    middle, log_q, steps = time.perf_counter(), torch.cat(log_q), []
+    for first in range(0, len(prompts), size):
+        part = slice(first, first + size)
+        steps.append(micro_batches(run, examples[part], responses[part], log_q=log_q[part]))
 
-    for batch in batches:
+    for batch in itertools.chain(*steps):
         judge(run, batch)
         for score, model in {"log_prior": "prior", "log_proposal": name}.items():
             with run.autocast():
@@ -867,9 +870,9 @@ def sample_batches(run, models, name, examples, n, *key):
         for score, values in batch.scores.items():
             run.require(values.isfinite(), f"{score} is not finite", batch)
         check_sampler(run, batch)
-    run.clock.update(  # adds
-        seconds_sampling=middle - began, seconds_scoring=time.perf_counter() - middle)
-    return batches
+    run.clock = {"seconds_sampling": middle - began,
+                 "seconds_scoring": time.perf_counter() - middle}
+    return steps
 
 def check_sampler(run, batch):
     """Scored is sampled: the sampler's own log q′ is the score, up to rounding, or Stop."""
@@ -939,7 +942,7 @@ def fit(run, stage, model, steps, lr, every, steps_from, loss_of):
 
     drawn = steps_from(start)
     for step in (bar := tqdm(range(start, steps), stage, steps, initial=start, disable=None)):
-        run.where, run.clock = f"{stage}, step {step}", Counter()
+        run.where, run.clock = f"{stage}, step {step}", {}
         batches, metrics = next(drawn)
         began, rate = time.perf_counter(), lr * (1 - step / steps)  # falls linearly to 0
         metrics |= run_losses(run, model, batches, loss_of, train=True)
@@ -981,8 +984,9 @@ def brain_steps(run, models, examples, listed, start):
     name = "policy" if cfg.proposal == "lagged" else "prior"
     for refresh in itertools.count(start // turns):
         part = draw(examples, size * turns, refresh, cfg.seed, "brain")
-        steps = [sample_batches(run, models, name, part[i : i + size], cfg.samples_per_prompt,
-                                "brain", refresh, i) for i in range(0, len(part), size)]
+        generators = [make_generator(cfg.seed, "brain", refresh, first, i)
+                      for first in range(0, len(part), size) for i in range(size)]
+        steps = sample_batches(run, models, name, part, cfg.samples_per_prompt, generators, size)
 
         found = merge([batch.scores for batches in steps for batch in batches])  # (B, n) each
         reward, ratio = found["reward"], found["log_proposal"] - found["log_prior"]
@@ -1051,7 +1055,9 @@ def evaluate(run, models, examples):
     """Stage 4: a row of figures for each model, and all samples with their rewards."""
     cfg, groups = run.cfg, {}
     for name in ("prior", "policy"):
-        groups[name] = sample_batches(run, models, name, examples, cfg.eval_samples, "eval", name)
+        generators = [make_generator(cfg.seed, "eval", name, i) for i in range(len(examples))]
+        groups[name], = sample_batches(run, models, name, examples, cfg.eval_samples, generators,
+                                       len(examples))
     if len(with_text(examples, "reference")) == len(examples):
         limit = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
         groups["reference"] = text_batches(run, examples, ("reference",), limit)

@@ -3084,7 +3084,7 @@ def test_win_rate_intervals_of_equal_shares(share, prompts, least):
 def test_kl_and_its_error_are_of_prompts(world):
     """Catches an error bar from all samples as if they were independent, a KL of the wrong sign or
     of other samples than the policy's in the evaluation."""
-    batches = [found for (_, _, name, *_), found in world.samples if name == "policy"][-1]
+    [batches] = [found for (_, _, name, *_), found in world.samples if name == "policy"][-1]
     ratio = torch.cat([batch.scores["log_proposal"] - batch.scores["log_prior"]
                        for batch in batches]).double().mean(-1)
     result = world.run.result()
@@ -5950,11 +5950,16 @@ def test_the_guard_notices_a_drift_in_bf16():
 def test_refreshes_are_split_as_they_are_drawn(brief, tmp_path, monkeypatch):
     """Catches a refresh sorted before it is split into steps, which makes some steps of short
     prompts alone; an evaluation of the first prompts; the evaluation's prompts repeated."""
-    real, parts = brain.sample_batches, {}
+    real, steps, judged = brain.sample_batches, [], {}
 
-    def sample_batches(run, models, name, examples, n, *key):
-        parts[key] = [example.prompt for example in examples]
-        return real(run, models, name, examples, n, *key)
+    def sample_batches(run, models, name, examples, *rest):
+        found = real(run, models, name, examples, *rest)
+        if run.where == "eval":
+            judged[name] = [example.prompt for example in examples]
+        else:
+            steps.extend(sorted(example.prompt for batch in batches for example in batch.examples)
+                         for batches in found)
+        return found
 
     def uneven(cfg, split):
         for i in range(48):
@@ -5964,11 +5969,12 @@ def test_refreshes_are_split_as_they_are_drawn(brief, tmp_path, monkeypatch):
     monkeypatch.setattr(brain, "sample_batches", sample_batches)
     assert brain.main([*SMALL, str(tmp_path / "run"), *brief]) == 0
     prompts = [example.prompt for example in uneven(None, "train")]
-    for refresh in range(4):
-        want = brain.draw(prompts, 8, refresh, 0, "brain")
-        assert parts["brain", refresh, 0] + parts["brain", refresh, 4] == want
-    assert parts["eval", "prior"] == parts["eval", "policy"]
-    assert len(set(parts["eval", "prior"])) == 8 and parts["eval", "prior"] != prompts[:8]
+    assert len(steps) == 8
+    for step, found in enumerate(steps):
+        want = brain.draw(prompts, 8, step // 2, 0, "brain")
+        assert found == sorted(want[:4] if step % 2 == 0 else want[4:])
+    assert judged["prior"] == judged["policy"]
+    assert len(set(judged["prior"])) == 8 and judged["prior"] != prompts[:8]
 
 
 def test_rows_of_the_evaluation_by_definition(unbroken, monkeypatch):
@@ -5977,8 +5983,8 @@ def test_rows_of_the_evaluation_by_definition(unbroken, monkeypatch):
     real, groups = brain.sample_batches, {}
 
     def sample_batches(run, models, name, *rest):
-        groups[name] = real(run, models, name, *rest)
-        return groups[name]
+        groups[name], = found = real(run, models, name, *rest)
+        return found
 
     monkeypatch.setattr(brain, "sample_batches", sample_batches)
     models = {name: transformers.AutoModelForCausalLM.from_pretrained(unbroken.folder / name)
