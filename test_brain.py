@@ -3274,7 +3274,8 @@ def test_what_the_readme_names_exists():
     theirs = section("Outgrowing one GPU")
     flags = set(re.findall(r"(?<![\w-])--([a-z]\w+)", README.replace(theirs, "")))
     known = {field.name for field in dataclasses.fields(brain.Config)} | {"help"}
-    others = {"samples", "repeats", "micro_batch", "seeds", "methods"}  # test_brain.py's
+    others = {"samples", "repeats", "micro_batch", "seeds", "methods", "hidden", "layers",
+              "vocabulary", "prompt_tokens", "prompts"}  # test_brain.py's
     assert flags <= known | others, flags - known - others
 
     tests = (HERE / "test_brain.py").read_text(encoding="utf-8") + Path(__file__).read_text()
@@ -6573,7 +6574,7 @@ class OnCuda:
 @pytest.mark.parametrize("cuda, train", itertools.product((True, False), repeat=2))
 def test_gradients_on_a_card_are_summed_in_one_order(cuda, train, monkeypatch, tmp_path):
     """Catches a gradient whose sums differ from run to run, so that a killed run does not end as
-    another (0.1 % at step 0 of a model of 410M, seen on an H200); a mode that is left on, under
+    another (at 410M parameters from step 0 on, seen on an H200); a mode that is left on, under
     which sampling's cumulative sum would raise; and one that slows a CPU down."""
     modes, weight = [], torch.ones(3, requires_grad=True)
 
