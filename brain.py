@@ -217,7 +217,7 @@ class explain:
         return self
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, Exception) and not isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, Exception) and "allocate" not in str(error):  # memory has run out
             status = error.status if isinstance(error, Stop) else self.status
             raise Stop(f"{self.what}: {first_line(error)}", status) from error
 
@@ -644,7 +644,7 @@ def load_reward(run, source, n, P, R, prior):
     ways = [(tokenizer.get_vocab(), tokenizer.eos_token, tokenizer(TURN).input_ids)
             for tokenizer in (own, run.tokenizer)]
     V, known = (m.get_input_embeddings().num_embeddings for m in (prior, model))
-    if ways[0] == ways[1] and V <= known:  # it reads the prior's ids
+    if ways[0] == ways[1] and V <= known and hasattr(model, "score"):  # it reads the prior's ids
         check_model(model, n, P, R)
         return partial(score_reward, freeze(model, run.dtype))
     if hasattr(model, "score"):  # it reads texts, cut to its context
@@ -719,6 +719,7 @@ class Run:
 
     def check(self, state):
         """The state, if it is this configuration's and its metrics are whole."""
+        refuse_if("config" not in state, "its state.pt is another program's")
         now, old = asdict(self.cfg), state["config"]
         changed = [k for k in now if k not in FREE and old.get(k) != now[k]]
         refuse_if(changed, "; ".join(f"{k} was {old.get(k)}, is {now[k]}" for k in changed))
@@ -1286,14 +1287,14 @@ def main(argv: list[str] | None = None) -> int:
         status, message = 1, f"something called sys.exit({stop.code})"
     except KeyboardInterrupt:
         status, message = 130, "stopped; the same command, less --overwrite, continues"
-    except torch.OutOfMemoryError:
-        status, message = 1, "out of memory: repeat with a lower --micro_batch_tokens"
     except Stop as stop:
         status, message = stop.status, str(stop)
     except Exception as error:
-        path = Path(tempfile.mkdtemp(), "error.txt")
-        path.write_text(traceback.format_exc(), encoding="utf-8")
-        status, message = 1, f"{type(error).__name__}: {first_line(error)}; see {path}"
+        status, message = 1, "out of memory: repeat with a lower --micro_batch_tokens"
+        if "allocate" not in str(error):
+            path = Path(tempfile.mkdtemp(), "error.txt")
+            path.write_text(traceback.format_exc(), encoding="utf-8")
+            message = f"{type(error).__name__}: {first_line(error)}; see {path}"
     print(f"brain.py: {message}", file=sys.stderr)
     return status
 

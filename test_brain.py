@@ -2237,15 +2237,24 @@ def test_run_on_tldr(tldr_dir, checkpoints, tmp_path):
     assert run.result()["reward_reference"] == pytest.approx(exact.item(), abs=1e-3)
 
 
-def test_run_on_tldr_with_a_bert(tldr_dir, checkpoints, tmp_path):
+@pytest.mark.parametrize("tokenizer", ["own", "the prior's"])
+def test_run_on_tldr_with_a_bert(tokenizer, tldr_dir, checkpoints, tmp_path):
     """Catches a reward model of another kind that reads ids of the policy's tokenizer, or special
-    tokens as text: each reference is scored as a pair of texts with the model's own tokenizer."""
+    tokens as text: each reference is scored as a pair of texts with the model's own tokenizer. And
+    an encoder that is taken for a decoder as its tokenizer is the prior's."""
+    folder = checkpoints / "bert"
+    if tokenizer != "own":
+        config = transformers.BertConfig.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoints / "llama/prior")
+        tokenizer.pad_token = tokenizer.eos_token
+        config.vocab_size, folder = max(500, len(tokenizer)), tmp_path / "bert"
+        for part in (tokenizer, transformers.BertForSequenceClassification(config)):
+            part.save_pretrained(folder)
     run = launch(tmp_path / "run", task="tldr", data_dir=tldr_dir, max_prompt_tokens=256, steps=2,
-                 prior=checkpoints / "llama/prior", reward=checkpoints / "bert")
+                 prior=checkpoints / "llama/prior", reward=folder)
     result = run.result()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoints / "bert")
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        checkpoints / "bert").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     exact = [model(**tokenizer(prompt, reference, return_tensors="pt")).logits.item()
              for prompt, reference in expected_tldr(build_tokenizer(bos=True), "test", 256)]
     assert max(exact) - min(exact) > 0.05
@@ -5408,7 +5417,8 @@ def test_a_finished_run_without_its_state(what, brief, brief_run, tmp_path, capf
         (out / "state.pt").write_text("state")
     (out / "report.md").unlink()
     before = snapshot(out)
-    assert "--overwrite" in refused(capfd, [*SMALL, str(out), *brief])
+    error = refused(capfd, [*SMALL, str(out), *brief])
+    assert "--overwrite" in error and (what != "foreign" or "another program" in error)
     assert snapshot(out) == before
 
 
@@ -5621,6 +5631,8 @@ def test_out_of_memory_on_a_cpu(what, shelf, tmp_path):
     if what == "gz bomb":
         # zlib finds no room for itself, or Python none for what it has unpacked
         assert re.search(r"train\.jsonl\.gz.*(MemoryError|Error -4 )", run.stderr), run.stderr
+    else:  # also inside the start check, which would say that the model is to blame
+        assert run.status == 1 and "--micro_batch_tokens" in run.stderr, run.stderr
 
 
 def test_out_of_memory_names_the_way_out(brief, tmp_path, capfd, monkeypatch):
