@@ -615,7 +615,7 @@ def judge_texts(reward, tokenizer, batch):
         n, responses = len(ys), tokenizer.batch_decode(ys, skip_special_tokens=True)
         with explain("the reward of texts"):
             rewards = reward([example.prompt] * n, responses, [example.reference] * n)
-            found.append([float(reward) for reward in rewards])
+            found.append([float(0 + reward) for reward in rewards])  # "1.0" is no number
             refuse_if(len(found[-1]) != n or not all(map(math.isfinite, found[-1])),
                       f"{n} responses need {n} finite rewards, not {found[-1]}")
     return torch.tensor(found, device=batch.length.device)

@@ -4985,7 +4985,7 @@ REWARD_FILES = {  # FILE.py by name: what is in it
     "nan": "def reward(p, r, f):\n    return [float('nan')] * len(r)\n",
     "inf": "def reward(p, r, f):\n    return [float('inf')] * len(r)\n",
     "raises": "def reward(p, r, f):\n    raise KeyError('no\\nsuch answer')\n",
-    "words": "def reward(p, r, f):\n    return ['good'] * len(r)\n",
+    "words": "def reward(p, r, f):\n    return ['1.0'] * len(r)\n",
     "none": "def reward(p, r, f):\n    pass\n", "scalar": "def reward(p, r, f):\n    return 1.0\n",
     "lists": "def reward(p, r, f):\n    return [[1.0, 2.0]] * len(r)\n",
     "two": "def reward(p, r):\n    return [1.0] * len(r)\n",
@@ -5056,8 +5056,10 @@ def rack(shelf, tmp_path_factory) -> dict[str, str]:
     codegen = transformers.CodeGenConfig(vocab_size=416, n_embd=32, n_layer=1, n_head=4,
                                          rotary_dim=4, n_positions=640, bos_token_id=0,
                                          eos_token_id=0)
+    ctrl = transformers.CTRLConfig(vocab_size=416, n_embd=32, dff=64, n_layer=1, n_head=4,
+                                   n_positions=640)
     for name, config in {"neo": neo, "mistral": mistral, "phi": phi, "mamba": mamba, "bloom": bloom,
-                         "codegen": codegen}.items():
+                         "codegen": codegen, "ctrl": ctrl}.items():
         write_checkpoint(root / name, config)
     write_checkpoint(root / "neo_reward", neo, reward=True)
     write_checkpoint(root / "tied_reward", build_config("gpt2"), reward=True)
@@ -5073,7 +5075,7 @@ def rack(shelf, tmp_path_factory) -> dict[str, str]:
     write_checkpoint(root / "other_no_eos", build_config(), other, reward=True)
 
     for name in ("layers", "lora", "text_size", "heads", "no_context", "nan", "appends", "many",
-                 "own_run", "foreign", "unknown_stage", "half_state"):
+                 "byt5", "own_run", "foreign", "unknown_stage", "half_state"):
         shutil.copytree(shelf["prior"], root / name)
     edit_config(root / "layers", num_hidden_layers=1)
     edit_config(root / "text_size", hidden_size="32")
@@ -5090,6 +5092,9 @@ def rack(shelf, tmp_path_factory) -> dict[str, str]:
     ending.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"$A {EOS}", special_tokens=[(EOS, 0)])
     ending.save_pretrained(root / "appends")
+    for path in (root / "byt5").glob("tokenizer*"):
+        path.unlink()
+    transformers.ByT5Tokenizer().save_pretrained(root / "byt5")
     torch.save({"weights": torch.ones(2)}, root / "foreign/state.pt")
     (root / "half_state/state.pt").write_bytes(b"PK\x03\x04")
     state = {"stage": "warmup", "step": 0, "size": 0, "crc": 0, "threads": 1}
@@ -5148,7 +5153,7 @@ MORE_BAD_INPUTS = [
     ("reward: nan", f"{RUN} --reward {{r_nan}}", "finite rewards, not .*nan"),
     ("reward: infinite", f"{RUN} --reward {{r_inf}}", "finite rewards, not .*inf"),
     ("reward: an exception", f"{RUN} --reward {{r_raises}}", "reward of texts: .*no.*such answer"),
-    ("reward: words", f"{RUN} --reward {{r_words}}", "reward of texts: .*good"),
+    ("reward: words", f"{RUN} --reward {{r_words}}", "reward of texts: .*'str'"),
     ("reward: nothing", f"{RUN} --reward {{r_none}}", "reward of texts: .*None"),
     ("reward: one number", f"{RUN} --reward {{r_scalar}}", "reward of texts: .*float"),
     ("reward: lists", f"{RUN} --reward {{r_lists}}", "reward of texts: .*list"),
@@ -5186,6 +5191,7 @@ MORE_BAD_INPUTS = [
     ("no attention", f"{JSONL} --prior {{mamba}} --data_dir {{data}}", "mamba models cannot"),
     ("ALiBi", f"{JSONL} --prior {{bloom}} --data_dir {{data}}", "bloom models cannot"),
     ("no such head", f"{JSONL} --base {{codegen}} --data_dir {{data}}", "codegen.*--reward"),
+    ("a head that is no score", f"{JSONL} --base {{ctrl}} --data_dir {{data}}", "ctrl.*--reward"),
     ("tied reward model as prior", f"{JSONL} --prior {{tied_reward}} --data_dir {{data}}",
      "tied_reward.*score"),
     ("fewer layers than weights", f"{JSONL} --prior {{layers}} --data_dir {{data}}",
@@ -5198,6 +5204,7 @@ MORE_BAD_INPUTS = [
     ("weights are nan", f"{JSONL} --prior {{nan}} --data_dir {{data}}", "not finite"),
     ("tokenizer that ends prompts", f"{JSONL} --prior {{appends}} --data_dir {{data}}",
      "appends.*after a prompt"),
+    ("ByT5's tokenizer", f"{JSONL} --prior {{byt5}} --data_dir {{data}}", "byt5.*after a prompt"),
     ("encoder without pad", f"{RUN} --reward {{no_pad}}", "no_pad.*pad"),
     ("encoder over its positions", f"{RUN} --reward {{roberta}}", "roberta"),
     ("decoder of other tokens without eos", f"{RUN} --reward {{other_no_eos}}", "no_eos.*eos"),
@@ -5581,6 +5588,31 @@ def test_a_prior_of_another_size_between_parts(tmp_path, shelf, capfd, monkeypat
     error = refused(capfd, argv, status=1)
     path = Path(re.search(r"see (\S+)$", error)[1])
     assert "RuntimeError" in error and "Traceback" in path.read_text()
+
+
+def test_ctrl_c_during_the_imports():
+    """Catches a traceback of the imports where somebody has thought better of it."""
+    with subprocess.Popen([sys.executable, "-X", "importtime", brain.__file__], text=True,
+                          stderr=subprocess.PIPE) as process:  # which tells what is imported
+        lines = iter(process.stderr.readline, "")
+        assert any("tokenizers" in line for line in lines)  # 2 s of torch lie ahead
+        process.send_signal(signal.SIGINT)
+        assert not [line for line in lines if not line.startswith("import time:")]
+    assert process.returncode == -signal.SIGINT
+
+
+def test_an_encoder_reads_what_its_context_holds(shelf, tmp_path):
+    """Catches a response that is longer than the context of an encoder, told after training."""
+    folder, tokenizer = tmp_path / "bert", build_tokenizer()
+    tokenizer.pad_token, tokenizer.model_max_length = EOS, 6
+    config = transformers.BertConfig(
+        vocab_size=500, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=64, num_labels=1, max_position_embeddings=8)
+    for part in (tokenizer, transformers.BertForSequenceClassification(config)):
+        part.save_pretrained(folder)
+    run = launch(tmp_path / "run", task="jsonl", data_dir=shelf["data"], prior=shelf["prior"],
+                 reward=folder, steps=1, max_response_tokens=8)
+    assert math.isfinite(run.result()["reward_policy"])
 
 
 @pytest.mark.parametrize("what", ["closed stdout", "ASCII stdout", "ASCII locale"])
