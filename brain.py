@@ -217,9 +217,13 @@ class explain:
         return self
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, Exception) and "allocate" not in str(error):  # memory has run out
+        if isinstance(error, Exception) and not out_of_memory(error):
             status = error.status if isinstance(error, Stop) else self.status
             raise Stop(f"{self.what}: {first_line(error)}", status) from error
+
+def out_of_memory(error):
+    """Whether memory has run out; on a CPU torch says so in a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 def first_line(error):
     """What an error says, in one line."""
@@ -1291,7 +1295,7 @@ def main(argv: list[str] | None = None) -> int:
         status, message = stop.status, str(stop)
     except Exception as error:
         status, message = 1, "out of memory: repeat with a lower --micro_batch_tokens"
-        if "allocate" not in str(error):
+        if not out_of_memory(error):
             path = Path(tempfile.mkdtemp(), "error.txt")
             path.write_text(traceback.format_exc(), encoding="utf-8")
             message = f"{type(error).__name__}: {first_line(error)}; see {path}"

@@ -5682,6 +5682,13 @@ def test_out_of_memory_names_the_way_out(brief, tmp_path, capfd, monkeypatch):
             assert "--micro_batch_tokens" in error
 
 
+def test_other_errors_are_not_of_memory(brief, tmp_path, capfd):
+    """Catches an error that is told as one of memory for a word in it, here in a file's name."""
+    folder = tmp_path / "allocate"
+    error = refused(capfd, [*SMALL, str(tmp_path / "run"), *brief[:2], "--reward", str(folder)])
+    assert "allocate cannot be used" in error and "--micro_batch_tokens" not in error
+
+
 def test_a_reward_file_that_ends_the_program(rack, shelf, tmp_path, capfd):
     """Catches sys.exit() in somebody's FILE.py that ends a run as if it had been finished."""
     (tmp_path / "late.py").write_text(
