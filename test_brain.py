@@ -5958,9 +5958,21 @@ def test_metrics_by_definition(target, monkeypatch):
         assert loss[i].item() == pytest.approx(want, abs=1e-5)
 
 
-def test_the_penalty_is_in_the_reward(unbroken):
-    """Catches a missing end-of-text that costs nothing, or is taken off the raw reward."""
-    run = fake_run(unbroken.folder, missing_eos_penalty=3.0)
+def test_sampling_and_scoring_are_timed(unbroken):
+    """Catches a refresh whose time is told nowhere, or with each of its steps."""
+    lines = [line for line in lines_of(unbroken.folder) if line["stage"] == "brain"]
+    assert len(lines) == 20
+    for line in lines:
+        timed = {name for name in line if name.startswith("seconds_") and line[name] > 0}
+        sampled = {"seconds_sampling", "seconds_scoring"} if line["step"] % 2 == 0 else set()
+        assert timed == sampled | {"seconds_stepping"}
+
+
+@pytest.mark.parametrize("target", ["posterior", "argmax"])
+def test_the_penalty_is_in_the_reward(target, unbroken):
+    """Catches a missing end-of-text that costs nothing, or is taken off the raw reward, whatever
+    the target."""
+    run = fake_run(unbroken.folder, missing_eos_penalty=3.0, target=target)
     batch = brain.pack([[2, 1]] * 2, [[[2, 0], [2, 3]], [[0], [4, 5]]])
     brain.judge(run, batch)
     off = batch.scores["raw_reward"] - batch.scores["reward"]
