@@ -1016,15 +1016,19 @@ def win_rate(wins):
     """Win rate and 95 % interval of shares (P ≥ 3,): Wilson's (1927) at the number of independent
     trials with the same error, with Student's t (Korn and Graubard, 1998)."""
     rate, spread, P = wins.mean().item(), wins.var(correction=0).item(), len(wins)
-    most = rate * (1 - rate)  # the spread if each prompt were won or lost whole
-    # Few prompts near 0 or 1 may look alike for want of a rare kind, so there `spread` yields to
-    # `most`, by `luck`. By simulation: less covers too rarely, more is too wide.
-    luck = 0.014 / P
-    trials = (P - 1) * (most**2 + luck) / (most * spread + luck)  # ≈ (P − 1)·most/spread
-    trials = min(trials, 64 * P)  # however alike
-    pull = 1.92 * math.exp(2.42 / (P - 1.5)) / trials  # t²/(2 trials); 1.92 = 1.96²/2
-    half = math.sqrt(pull * (pull + 2 * most))
-    return rate, [(rate + pull - half) / (1 + 2 * pull), (rate + pull + half) / (1 + 2 * pull)]
+    most, interval = rate * (1 - rate), []  # most: the spread if each prompt is won or lost whole
+
+    for sign in (-1, 1):
+        # Few prompts near 0 or 1 may look alike for want of a rare kind, which would draw the rate
+        # towards ½: at that end `spread` yields to `most`, by `luck`, at the other end the less
+        # the further from ½. By simulation: less covers too rarely, more is too wide.
+        luck = 0.0188 / P * (max(4 * most, 0.01) ** 4 if sign * (rate - 0.5) > 0 else 1)
+        trials = (P - 1) * (most**2 + luck) / (most * spread + luck)  # ≈ (P − 1)·most/spread
+        trials = min(trials, 64 * P)  # however alike
+        pull = 1.92 * math.exp(2.42 / (P - 1.5)) / trials  # t²/(2 trials); 1.92 = 1.96²/2
+        half = math.sqrt(pull * (pull + 2 * most))
+        interval.append((rate + pull + sign * half) / (1 + 2 * pull))
+    return rate, interval
 
 @torch.no_grad()
 def log_prob_of_all(run, model, batch):
