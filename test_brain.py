@@ -22,7 +22,8 @@
     Robustness                            what testing from outside found
     No card                               a pretend device, bf16 on the CPU, `gpu` (a program)
 
-The tests: `make test`. The programs: `python test_brain.py bench|compare|families|trl --help`.
+The tests: `make test`. The programs: `python test_brain.py bench|compare|compare_hh|families|trl
+--help`.
 """
 
 import argparse
@@ -91,18 +92,20 @@ WORDS = """a bad be best blue can cat day do dog for good he how i in is it me m
 or red say so sun that the they to up was we what why will yes you . , ? !""".split()
 
 
-def build_tokenizer(bos: bool = False) -> transformers.PreTrainedTokenizerFast:
+def build_tokenizer(bos: bool = False, texts: list[str] | None = None,
+                    size: int = 400) -> transformers.PreTrainedTokenizerFast:
     """Pythia's conventions in small: byte-level BPE, eos = bos = unk = id 0, no pad token. With
     `bos`, a <s> of its own is put before every text, as Llama's tokenizer does."""
     special = [EOS] + (["<s>"] if bos else [])
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    texts = [f" {a} {b}\n" for a in WORDS for b in WORDS]
-    texts += ["\n\nHuman: \n\nAssistant: SUBREDDIT: r/ TITLE: POST: TL;DR:"] * 9
+    if not texts:
+        texts = [f" {a} {b}\n" for a in WORDS for b in WORDS]
+        texts += ["\n\nHuman: \n\nAssistant: SUBREDDIT: r/ TITLE: POST: TL;DR:"] * 9
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
     if bos:
         bpe.post_processor = tokenizers.processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", 1)])
@@ -4183,10 +4186,12 @@ class Exchanged:
     """Takes the place of brain.policy_loss: the same log-probabilities and metrics, another loss.
     Before a step that is due it measures the policy, which is how it sees the course of a run."""
 
-    def __init__(self, job: Job, known: dict, due: list[int]):
+    def __init__(self, job: Job, known: dict | None = None, due: list[int] | None = None):
         self.job, self.known, self.due, self.seen = job, known, due, 0  # in samples
-        self.inner, self.model = brain.policy_loss, None
-        self.course = [{"samples": 0, **measure(known, known["log_prior"], job.kl_coef)}]
+        self.inner, self.model, self.course = brain.policy_loss, None, []
+        if known:
+            start = measure(known, known["log_prior"], job.kl_coef)
+            self.course.append({"samples": 0, **start})
 
     def look(self) -> None:
         """Adds the policy's exact figures to the course."""
@@ -4284,7 +4289,8 @@ def run_job(plan: Plan, job: Job) -> str:
     """A run and its record, if it is not there; a run that a guard stops is recorded as that."""
     path, began = job_file(plan, job), time.time()
     if not path.exists():
-        record = job._asdict() | train(plan, job) | {"seconds": time.time() - began}
+        work = train_dialogues if isinstance(plan, Dialogues) else train
+        record = job._asdict() | work(plan, job) | {"seconds": time.time() - began}
         write_whole(path, lambda part: part.write_text(json.dumps(record) + "\n"))
     record = json.loads(path.read_text())
     said = record["said"] if record["status"] else "objective {objective:.3f}, KL {kl:.3f}".format(
@@ -4293,18 +4299,25 @@ def run_job(plan: Plan, job: Job) -> str:
         **record) + said
 
 
+def job_flags(plan: Plan, job: Job) -> list[str]:
+    """What brain.py is told of a job, but for its models, data and folder."""
+    method = METHODS[job.method]
+    prompts = plan.samples // method.n
+    return [f"--seed={job.seed}", f"--steps={plan.steps}", f"--lr={job.lr}",
+            f"--kl_coef={job.kl_coef}", f"--samples_per_prompt={method.n}",
+            f"--proposal={method.proposal}", f"--prompts_per_step={prompts}",
+            f"--prompts_per_refresh={method.refresh * prompts}", *plan.flags]
+
+
 def train(plan: Plan, job: Job) -> dict:
     """Status, course and share of clipped steps of a run of brain.py with the job's loss."""
     folder, method = seed_folder(plan, job.seed), METHODS[job.method]
-    prompts, last = plan.samples // method.n, plan.steps * plan.samples
+    last = plan.steps * plan.samples
     due = [] if job.seed >= FIRST_TUNING_SEED else [step * plan.samples for step in plan.due]
     watch = Exchanged(job, torch.load(folder / "known.pt"), [at for at in due if at < last])
     with tempfile.TemporaryDirectory() as out, pytest.MonkeyPatch.context() as patch:
         flags = [f"--prior={folder}/prior", f"--reward={folder}/reward", f"--out={out}/run",
-                 f"--seed={job.seed}", f"--steps={plan.steps}", f"--lr={job.lr}",
-                 f"--kl_coef={job.kl_coef}", f"--samples_per_prompt={method.n}",
-                 f"--proposal={method.proposal}", f"--prompts_per_step={prompts}",
-                 f"--prompts_per_refresh={method.refresh * prompts}", *plan.flags]
+                 *job_flags(plan, job)]
         patch.setattr(brain, "policy_loss", watch)
         if method.pairs:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -4380,7 +4393,8 @@ def tune(plan: Plan, seeds: range) -> tuple[list[dict], list[dict]]:
 def sweep(plan: Plan) -> tuple[list[dict], list[dict], list[dict]]:
     """The tuning's rows and all records, of the tuning and of the runs at the chosen rates."""
     tuning = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + plan.tuning_seeds)
-    in_parallel(plan, share_seed, [*tuning, *range(plan.seeds)])
+    share = share_dialogues if isinstance(plan, Dialogues) else share_seed
+    in_parallel(plan, share, [*tuning, *range(plan.seeds)])
     rows, tried = tune(plan, tuning)
     chosen = {row["method"]: row["chosen"] for row in rows}
     return rows, tried, records_of(plan, [
@@ -4656,13 +4670,8 @@ def compare(plan: Plan) -> dict:
               "stopped": [{key: r[key] for key in (*Job._fields, "said")}
                           for r in tried + records if r["status"]],
               "seconds": sum(r["seconds"] for r in tried + records)}
-    rates = sorted({rate for row in tuned for rate in row["criterion"]})
-    print_table(
-        f"Tuning: exact E[r] − {CRITERION}·KL on {plan.validation} validation prompts, mean of "
-        f"{plan.tuning_seeds} seeds; the chosen rate in bold. Where it was the least or the "
-        "greatest of the grid, the grid went on.",
-        ["method", *(f"{rate:g}" for rate in rates)],
-        [[row["method"], *(criterion_text(row, rate) for rate in rates)] for row in tuned])
+    print_tuning(plan, tuned,
+                 f"Tuning: exact E[r] − {CRITERION}·KL on {plan.validation} validation prompts")
     print_table(
         f"At the end: mean ± half a 95 % t interval over runs, {plan.prompts} held-out prompts, "
         f"all exact. Posterior: of kl_coef, and of kl_coef {CRITERION} where a method has none. "
@@ -4675,17 +4684,7 @@ def compare(plan: Plan) -> dict:
           row["runs"], row["failed"],
           *(cell(row[key], 0 if key == "samples_90" else 3) for key in FIGURES)]
          for row in result["ends"]])
-    print_table(
-        f"True win rate against the prior at a KL of {TARGET_KL} nats, or the largest that both "
-        "reach: BRAIn less the other, paired over seeds, 95 % t interval; p after Holm over all "
-        "rows. A method's frontier: the concave hull of learned reward over KL of all policies "
-        "measured, of every strength and step, linear in between, as mixtures are.",
-        ["against", "seeds", "at KL", "least", "BRAIn", "other", "difference", "p", "p, Holm", "so",
-         "difference by the reward model"],
-        [[row["against"], row["seeds"], cell([row["kl"]]), cell([row["kl_least"]]),
-          *(cell(row["win_true"][key]) for key in ("brain", "other", "difference")),
-          f"{row['win_true']['p']:.2g}", f"{row['p_holm']:.2g}", verdict(row),
-          cell(row["win_reward"]["difference"])] for row in result["comparisons"]])
+    print_equal_kl("True win rate", result["comparisons"])
     places = dict.fromkeys(row["policy"] for row in result["estimators"])
     by_method = {row["method"]: row["divergence"] for row in result["estimators"]}
     print_table(
@@ -4701,6 +4700,31 @@ def compare(plan: Plan) -> dict:
                 [list(row.values()) for row in result["stopped"]])
     print(json.dumps(rounded(result)))
     return result
+
+
+def print_tuning(plan: Plan, tuned: list[dict], title: str) -> None:
+    """A row of the criterion at each rate for each method."""
+    rates = sorted({rate for row in tuned for rate in row["criterion"]})
+    print_table(
+        f"{title}, mean of {plan.tuning_seeds} seeds; the chosen rate in bold. Where it was the "
+        "least or the greatest of the grid, the grid went on.",
+        ["method", *(f"{rate:g}" for rate in rates)],
+        [[row["method"], *(criterion_text(row, rate) for rate in rates)] for row in tuned])
+
+
+def print_equal_kl(title: str, rows: list[dict]) -> None:
+    """`comparisons`, a row each."""
+    print_table(
+        f"{title} against the prior at a KL of {TARGET_KL} nats, or the largest that both "
+        "reach: BRAIn less the other, paired over seeds, 95 % t interval; p after Holm over all "
+        "rows. A method's frontier: the concave hull of learned reward over KL of all policies "
+        "measured, of every strength and step, linear in between, as mixtures are.",
+        ["against", "seeds", "at KL", "least", "BRAIn", "other", "difference", "p", "p, Holm", "so",
+         "difference by the reward model"],
+        [[row["against"], row["seeds"], cell([row["kl"]]), cell([row["kl_least"]]),
+          *(cell(row["win_true"][key]) for key in ("brain", "other", "difference")),
+          f"{row['win_true']['p']:.2g}", f"{row['p_holm']:.2g}", verdict(row),
+          cell(row["win_reward"]["difference"])] for row in rows])
 
 
 def criterion_text(row: dict, rate: float) -> str:
@@ -4736,6 +4760,136 @@ def print_comparison(argv: list[str]) -> None:
     if unknown := set(args.methods) - set(METHODS):
         parser.error(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
     compare(Plan(**vars(args)))
+
+
+# The same in small on dialogues, `python test_brain.py compare_hh DIR`: half of HH's pairs train
+# the reward model, the other half a judge of their own.
+
+
+@dataclass(frozen=True)
+class Dialogues(Plan):
+    """A comparison on HH's files, less what only toy can be asked."""
+    data_dir: str = ""
+    methods: tuple = ("BRAIn", "RLOO", "DPO-sft")
+    seeds: int = 3
+    tuning_seeds: int = 1
+    rates: tuple = (5e-4, 1e-3, 2e-3)
+    wider: int = 1
+    steps: int = 50
+    hidden: int = 128  # of a GPT-NeoX with random weights and four layers
+    words: int = 2048  # of its tokenizer
+    data: tuple = ("--hh_subsets", "harmless-base")
+    flags: tuple = (
+        "--max_prompt_tokens=128", "--max_response_tokens=32", "--max_comparison_tokens=64",
+        "--missing_eos_penalty=0", "--sft_lr=1e-3", "--sft_batch=16", "--sft_epochs=4",
+        "--reward_lr=5e-4", "--reward_batch=16", "--reward_epochs=3", "--eval_prompts=128",
+        "--eval_samples=4")
+
+
+def share_dialogues(plan: Dialogues, seed: int) -> str:
+    """Trains the prior of a seed and the reward model of one half of the pairs, and on the other
+    half a judge, by brain.py: into policy/ and judge/ of the seed's folder."""
+    folder = seed_folder(plan, seed)
+    if not (folder / "judge/result.json").exists():
+        with contextlib.redirect_stdout(io.StringIO()):
+            cfg = brain.parse_config(["--task=hh", "--base=base", f"--data_dir={plan.data_dir}",
+                                      *plan.data, *plan.flags])
+            rows = {split: [row for row in brain.read_examples(cfg, split) if row]
+                    for split in ("train", "test")}
+        texts = [text for row in rows["train"] for text in row]
+        tokenizer = build_tokenizer(texts=texts, size=plan.words)
+        config = build_config(
+            vocab_size=plan.words, hidden_size=plan.hidden, intermediate_size=4 * plan.hidden,
+            num_hidden_layers=4, max_position_embeddings=512)
+        write_checkpoint(folder / "base", config, tokenizer, seed=seed)
+        random.Random(seed).shuffle(rows["train"])
+        given = {"policy": [f"--base={folder}/base"], "judge": [f"--prior={folder}/policy/prior"]}
+        for half, (name, flags) in enumerate(given.items()):
+            for split, found in {"train": rows["train"][half::2], "test": rows["test"]}.items():
+                write_lines(folder / f"{name}_data/{split}.jsonl", [x._asdict() for x in found])
+            status, said = run_brain(["--task=jsonl", f"--data_dir={folder}/{name}_data", *flags,
+                                      f"--seed={seed}", f"--out={folder}/{name}", "--steps=1",
+                                      "--prompts_per_step=2", "--prompts_per_refresh=2",
+                                      *plan.flags])
+            if status:
+                raise RuntimeError(f"seed {seed}: brain.py stopped with status {status}: {said}")
+    return f"seed {seed}: prior, reward model and judge"
+
+
+def ordered_right(plan: Dialogues, seed: int, name: str) -> float:
+    """The share of held-out pairs that the reward model of policy/ or judge/ orders right."""
+    told = (seed_folder(plan, seed) / name / "report.md").read_text(encoding="utf-8")
+    return float(re.search(r"reward model: ([\d.]+) of held-out", told)[1])
+
+
+def train_dialogues(plan: Dialogues, job: Job) -> dict:
+    """Status and course (its start and its end) of a run of brain.py with the job's loss. In the
+    place of toy's truth stands the judge, who reads texts."""
+    folder, run = seed_folder(plan, job.seed), Path(plan.out, "run", *map(str, job))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(brain, "policy_loss", Exchanged(job))
+        status, said = run_brain([
+            "--task=jsonl", f"--prior={folder}/policy/prior", f"--reward={folder}/policy/reward",
+            f"--data_dir={folder}/policy_data", f"--out={run}", *job_flags(plan, job)])
+    if status:
+        return {"status": status, "said": said, "course": []}
+    end = json.loads((run / "result.json").read_text())
+    norms = [line["gradient_norm"] for line in lines_of(run)]
+
+    kind = transformers.AutoModelForSequenceClassification
+    judge = kind.from_pretrained(folder / "judge/reward").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "judge/reward")
+    judged = {"prior": [], "policy": [], "reference": []}
+    for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        texts = [text.replace(EOS, "") for text in row["responses"]]
+        with torch.no_grad():
+            judged[row["model"]].append(
+                brain.reward_by_model(judge, tokenizer, [row["prompt"]] * len(texts), texts, None))
+    wins = brain.preference(torch.stack(judged["policy"]), torch.stack(judged["prior"]))
+    course = [
+        {"samples": 0, "reward": end["reward_prior"], "kl": 0.0, "win_true": 0.5,
+         "win_reward": 0.5},
+        {"samples": plan.steps * plan.samples, "reward": end["reward_policy"],
+         "kl": end["kl_to_prior"], "win_true": wins.mean().item(),
+         "win_reward": end["win_rate_vs_prior"]}]
+    for point in course:
+        point["objective"] = point["reward"] - job.kl_coef * point["kl"]
+    return {"status": 0, "said": "", "course": course,
+            "clipped": statistics.fmean(norm > 1 for norm in norms)}
+
+
+def compare_dialogues(plan: Dialogues) -> dict:
+    """Runs what is missing, prints every table, and returns the figures."""
+    tuned, tried, records = sweep(plan)
+    right = {name: [ordered_right(plan, seed, name) for seed in range(plan.seeds)]
+             for name in ("policy", "judge")}
+    result = {"plan": vars(plan), "ordered_right": right, "tuning": tuned,
+              "ends": end_rows(plan, records), "comparisons": comparisons(plan, records),
+              "seconds": sum(r["seconds"] for r in tried + records)}
+    print("\nHeld-out pairs ordered right: by the reward model {}, by the judge {}.".format(
+        *(cell(interval(values)) for values in right.values())))
+    print_tuning(plan, tuned, f"Tuning: E[r] − {CRITERION}·KL on held-out prompts")
+    print_table(
+        "At the end: mean ± half a 95 % t interval over seeds.",
+        ["method", "dial", "rate", "runs", "stopped", "E[r]", "KL to prior", "judge's win rate",
+         "reward model's win rate", "clipped steps"],
+        [[row["method"], dial_text(row), f"{row['lr']:g}", row["runs"], row["failed"],
+          *(cell(row[key]) for key in ("reward", "kl", "win_true", "win_reward", "clipped"))]
+         for row in result["ends"]])
+    print_equal_kl("The judge's win rate", result["comparisons"])
+    print(json.dumps(rounded(result)))
+    return result
+
+
+def print_dialogues(argv: list[str]) -> None:
+    """The comparison on dialogues; the last line is a JSON object with every figure."""
+    parser = argparse.ArgumentParser(prog="test_brain.py compare_hh")
+    parser.add_argument("data_dir", help="where HH's files are, as for --task hh")
+    parser.add_argument("--seeds", type=int, default=Dialogues.seeds)
+    parser.add_argument("--out", default="out/compare_hh", help="a file a run; it can be continued")
+    parser.add_argument("--jobs", type=int, default=Plan.jobs, help="processes, of a thread each")
+    compare_dialogues(Dialogues(**vars(parser.parse_args(argv))))
 
 
 def test_compared_losses():
@@ -4975,6 +5129,57 @@ def test_own_pairs(compared):
     loss, _ = Exchanged(Job("DPO", 0.3, 1.0, 0), known, [])(cfg, model, batch)
     gap = 0.3 * (log_q[0, 0] - log_q[0, 1]).item()
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-gap)), abs=1e-5)
+
+
+def test_compare_dialogues(tmp_path, monkeypatch):
+    """Catches halves that share a pair, a judge that saw the training's, figures of another model
+    or of other samples, and runs that are done twice."""
+    rows = {"train": [make_dialogue(i) for i in range(48)],
+            "test": [make_dialogue(200 + i) for i in range(8)]}
+    for split, found in rows.items():
+        write_gz(tmp_path / f"hh/harmless-base/{split}.jsonl.gz", found)
+    plan = Dialogues(
+        out=str(tmp_path / "out"), data_dir=str(tmp_path / "hh"), methods=("reverse",),
+        seeds=1, rates=(1e-3,), wider=0, steps=2, samples=8, jobs=1, hidden=16, words=300, flags=(
+            "--max_prompt_tokens=256", "--max_response_tokens=4", "--max_comparison_tokens=16",
+            "--sft_epochs=1", "--reward_epochs=1", "--reward_lr=1e-2", "--eval_prompts=8"))
+    with contextlib.redirect_stdout(io.StringIO()) as said, monkeypatch.context() as patch:
+        found = compare_dialogues(plan)
+        patch.setattr(brain, "main", None)
+        assert rounded(compare_dialogues(plan)) == rounded(found)  # from its files
+    assert "| reverse | kl_coef 0.4 | 0.001 | 1 | 0 |" in said.getvalue()
+
+    halves = [[tuple(json.loads(line).values()) for line in open(path, encoding="utf-8")]
+              for path in sorted(tmp_path.glob("out/seeds/0/*_data/train.jsonl"))]
+    assert [len(half) for half in halves] == [24, 24]
+    assert set().union(*halves) == {split_dialogue(row) for row in rows["train"]}
+    folder, run = seed_folder(plan, 0), tmp_path / "out/run/reverse/0.4/0.001/0"
+    told = json.loads((folder / "judge/result.json").read_text())["config"]
+    assert told["prior"] == f"{folder}/policy/prior" and told["data_dir"] == f"{folder}/judge_data"
+
+    kind = transformers.AutoModelForSequenceClassification
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    wins = {}
+    for judge in ("policy", "judge"):
+        model, rewards = kind.from_pretrained(folder / judge / "reward").eval(), {}
+        for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            x, *ys = tokenizer([row["prompt"], *(y.removesuffix(EOS) for y in row["responses"])],
+                               ).input_ids
+            with torch.no_grad():
+                rewards.setdefault(row["model"], []).append(
+                    [plain_reward(model, [x], [[[*y, 0]]]).item() for y in ys])
+        ours, theirs = (torch.tensor(rewards[name]) for name in ("policy", "prior"))
+        pairs = (ours[:, :, None] - theirs[:, None]).sign()
+        wins[judge] = (0.5 + pairs.mean() / 2).item()
+    record = json.loads(job_file(plan, Job("reverse", 0.4, 1e-3, 0)).read_text())
+    start, end = record["course"]
+    result = json.loads((run / "result.json").read_text())
+    assert end["win_true"] == pytest.approx(wins["judge"], abs=1e-6)
+    assert end["win_true"] != pytest.approx(wins["policy"], abs=1e-6)
+    assert end["win_reward"] == result["win_rate_vs_prior"] and start["win_true"] == 0.5
+    assert end["objective"] == result["reward_policy"] - 0.4 * result["kl_to_prior"]
+    assert ordered_right(plan, 0, "judge") in [i / 8000 * 1000 for i in range(9)]
 
 
 # ---- Robustness: what testing from outside found -------------------------------------------------
@@ -6987,8 +7192,8 @@ def test_the_gpu_program_runs(capsys):
 
 
 PROGRAMS = {"bench": benchmark, "capitals": write_capitals, "compare": print_comparison,
-            "families": families, "gpu": measure_gpu, "kills": print_kills, "pretend": pretend,
-            "prompt": print_prompt, "trl": race_trl}
+            "compare_hh": print_dialogues, "families": families, "gpu": measure_gpu,
+            "kills": print_kills, "pretend": pretend, "prompt": print_prompt, "trl": race_trl}
 
 
 if __name__ == "__main__":
