@@ -4089,6 +4089,7 @@ class Plan:
     due: tuple = (5, 10, 20, 30, 50, 75)  # steps after which a run is measured, beside its end
     validation: int = 8  # held-out prompts of the tuning, of seeds of its own
     prompts: int = 16  # other ones, of the figures
+    strengths: int | None = None  # how many of a method's
     draws: int = 20_000  # of the table of estimators
     flags: tuple = ()  # of brain.py, for all runs and the models they share
 
@@ -4400,7 +4401,8 @@ def sweep(plan: Plan) -> tuple[list[dict], list[dict], list[dict]]:
     return rows, tried, records_of(plan, [
         Job(name, strength, chosen[name], seed)
         for seed in range(plan.seeds) for name in plan.methods
-        for strength in METHODS[name].strengths if seed < 5 or len(METHODS[name].strengths) > 1])
+        for strength in METHODS[name].strengths[: plan.strengths]
+        if seed < 5 or len(METHODS[name].strengths) > 1])
 
 
 # Statistics: the unit is a seed.
@@ -4775,6 +4777,7 @@ class Dialogues(Plan):
     tuning_seeds: int = 1
     rates: tuple = (5e-4, 1e-3, 2e-3)
     wider: int = 1
+    strengths: int | None = 1
     steps: int = 50
     hidden: int = 128  # of a GPT-NeoX with random weights and four layers
     words: int = 2048  # of its tokenizer
