@@ -4708,8 +4708,8 @@ def print_tuning(plan: Plan, tuned: list[dict], title: str) -> None:
     """A row of the criterion at each rate for each method."""
     rates = sorted({rate for row in tuned for rate in row["criterion"]})
     print_table(
-        f"{title}, mean of {plan.tuning_seeds} seeds; the chosen rate in bold. Where it was the "
-        "least or the greatest of the grid, the grid went on.",
+        f"{title}, mean over tuning seeds ({plan.tuning_seeds}); the chosen rate in bold. Where it "
+        "was the least or the greatest of the grid, the grid went on.",
         ["method", *(f"{rate:g}" for rate in rates)],
         [[row["method"], *(criterion_text(row, rate) for rate in rates)] for row in tuned])
 
