@@ -4781,7 +4781,6 @@ class Dialogues(Plan):
     steps: int = 50
     hidden: int = 128  # of a GPT-NeoX with random weights and four layers
     words: int = 2048  # of its tokenizer
-    data: tuple = ("--hh_subsets", "harmless-base")
     flags: tuple = (
         "--max_prompt_tokens=128", "--max_response_tokens=32", "--max_comparison_tokens=64",
         "--missing_eos_penalty=0", "--sft_lr=1e-3", "--sft_batch=16", "--sft_epochs=4",
@@ -4796,7 +4795,7 @@ def share_dialogues(plan: Dialogues, seed: int) -> str:
     if not (folder / "judge/result.json").exists():
         with contextlib.redirect_stdout(io.StringIO()):
             cfg = brain.parse_config(["--task=hh", "--base=base", f"--data_dir={plan.data_dir}",
-                                      *plan.data, *plan.flags])
+                                      "--hh_subsets", "harmless-base", *plan.flags])
             rows = {split: [row for row in brain.read_examples(cfg, split) if row]
                     for split in ("train", "test")}
         texts = [text for row in rows["train"] for text in row]
@@ -4842,9 +4841,9 @@ def train_dialogues(plan: Dialogues, job: Job) -> dict:
     kind = transformers.AutoModelForSequenceClassification
     judge = kind.from_pretrained(folder / "judge/reward").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "judge/reward")
-    judged = {"prior": [], "policy": [], "reference": []}
-    for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    judged = {"prior": [], "policy": []}
+    rows = map(json.loads, (run / "samples.jsonl").read_text(encoding="utf-8").splitlines())
+    for row in (row for row in rows if row["model"] in judged):
         texts = [text.replace(EOS, "") for text in row["responses"]]
         with torch.no_grad():
             judged[row["model"]].append(
@@ -4888,7 +4887,7 @@ def compare_dialogues(plan: Dialogues) -> dict:
 def print_dialogues(argv: list[str]) -> None:
     """The comparison on dialogues; the last line is a JSON object with every figure."""
     parser = argparse.ArgumentParser(prog="test_brain.py compare_hh")
-    parser.add_argument("data_dir", help="where HH's files are, as for --task hh")
+    parser.add_argument("data_dir", help="as for --task hh; harmless-base is read")
     parser.add_argument("--seeds", type=int, default=Dialogues.seeds)
     parser.add_argument("--out", default="out/compare_hh", help="a file a run; it can be continued")
     parser.add_argument("--jobs", type=int, default=Plan.jobs, help="processes, of a thread each")
@@ -5182,7 +5181,7 @@ def test_compare_dialogues(tmp_path, monkeypatch):
     assert end["win_true"] != pytest.approx(wins["policy"], abs=1e-6)
     assert end["win_reward"] == result["win_rate_vs_prior"] and start["win_true"] == 0.5
     assert end["objective"] == result["reward_policy"] - 0.4 * result["kl_to_prior"]
-    assert ordered_right(plan, 0, "judge") in [i / 8000 * 1000 for i in range(9)]
+    assert ordered_right(plan, 0, "judge") in [i / 8 for i in range(9)]
 
 
 # ---- Robustness: what testing from outside found -------------------------------------------------
