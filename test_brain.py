@@ -4844,10 +4844,10 @@ def train_dialogues(plan: Dialogues, job: Job) -> dict:
     judged = {"prior": [], "policy": []}
     rows = map(json.loads, (run / "samples.jsonl").read_text(encoding="utf-8").splitlines())
     for row in (row for row in rows if row["model"] in judged):
-        texts = [text.replace(EOS, "") for text in row["responses"]]
+        prompts = [row["prompt"]] * len(row["responses"])
         with torch.no_grad():
             judged[row["model"]].append(
-                brain.reward_by_model(judge, tokenizer, [row["prompt"]] * len(texts), texts, None))
+                brain.reward_by_model(judge, tokenizer, prompts, row["responses"], None))
     wins = brain.preference(torch.stack(judged["policy"]), torch.stack(judged["prior"]))
     course = [
         {"samples": 0, "reward": end["reward_prior"], "kl": 0.0, "win_true": 0.5,
