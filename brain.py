@@ -33,6 +33,7 @@ Departures from the paper:
     6 Supervised fine-tuning averages nats over a response's tokens.
 """
 
+
 import bisect
 import copy
 import fcntl
@@ -51,10 +52,10 @@ import sys
 import tempfile
 import time
 import traceback
-import zlib
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -74,6 +75,7 @@ from transformers import (
     AutoTokenizer,
     HfArgumentParser,
 )
+from transformers.cache_utils import DynamicLayer
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ PRESETS = {
     "tldr": dict(
         prior="cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr", data_dir="data/tldr",
         reward="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr", temperature=0.7,
-        max_response_tokens=53, max_comparison_tokens=169, sft_lr=3e-6, sft_batch=128),
+        max_response_tokens=53, max_comparison_tokens=169, sft_lr=3e-6, sft_batch=128,
+        device="cuda"),
     "hh": dict(prior="lomahony/eleuther-pythia1b-hh-sft", data_dir="data/hh-rlhf"),
     "jsonl": {},
 }
@@ -200,39 +203,42 @@ def effective_sample_size(weights: Tensor) -> Tensor:
 LEAST = dict(seed=0, missing_eos_penalty=0, samples_per_prompt=2, eval_samples=2, eval_prompts=3)
 
 class Stop(Exception):
-    """Ends the program with one line; status 2 for a user's mistake, 1 for a guard."""
+    """A user's mistake: ends the program with one line and this status."""
 
-    def __init__(self, message, status=2):
-        super().__init__(message)
-        self.status = status
+    status = 2
 
-class explain:
-    """What fails inside the block ends the program in one line that begins with `what`."""
+class Guard(Stop):
+    """A number that cannot be trusted, or a disk that is full."""
 
-    def __init__(self, what, status=2):
-        self.what = what
-        self.status = status
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, Exception) and not out_of_memory(error):
-            status = error.status if isinstance(error, Stop) else self.status
-            raise Stop(f"{self.what}: {first_line(error)}", status) from error
-
-def out_of_memory(error):
-    """Whether memory has run out; on a CPU torch says so in a RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-def first_line(error):
-    """What an error says, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    status = 1
 
 def refuse_if(wrong, why):
     """Stop for a user's mistake."""
     if wrong:
         raise Stop(why)
+
+@dataclass
+class explain:
+    """What fails inside the block ends the program in one line that begins with `what`."""
+
+    what: str
+    kind: type = Stop
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, Exception | SystemExit) and not out_of_memory(error):
+            kind = kind if isinstance(error, Stop) else self.kind
+            raise kind(f"{self.what}: {one_line(error)}") from error
+
+def one_line(error):
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+def out_of_memory(error):
+    """Whether memory has run out; on a CPU torch says so in a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """The resolved configuration of a command line; Stop before anything is loaded."""
@@ -248,19 +254,17 @@ def parse_config(argv: list[str] | None = None) -> Config:
     comments = dict(re.findall(r" (\w+): .*  # (.*)", inspect.getsource(Config)))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
-    with explain("command line"):
-        cfg = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
-        check_config(cfg)
+    cfg = Config(**vars(parser.parse_args(argv)))
+    check_config(cfg)
     return cfg
 
 def check_config(cfg):
     """Stop for values that no run could have."""
     for name, value in asdict(cfg).items():
         refuse_if(value == "", f"--{name} is empty; is a variable unset?")
-        if type(value) in (int, float):
-            least = LEAST.get(name, 1 if type(value) is int else 1e-12)
-            refuse_if(not least <= value <= 10**9,
-                      f"--{name} must be between {least} and {10**9}, not {value}")
+        least = LEAST.get(name, 1e-12)
+        refuse_if(type(value) in (int, float) and not least <= value <= 1e9,
+                  f"--{name} must be between {least} and 1e9, not {value}")
 
     refuse_if(cfg.base and cfg.prior, "--base is made into the prior: give no --prior beside it")
     refuse_if(cfg.task != "toy" and not (cfg.base or cfg.prior), "--base or --prior is needed")
@@ -296,13 +300,13 @@ def read_rows(path, parse):
     """Yields parse(row) of a .jsonl or .jsonl.gz file; errors say file:line."""
     opener = gzip.open if path.suffix == ".gz" else open  # a truncated .gz is an error, too
     with explain(path) as place:
-        refuse_if(path.exists() and not path.is_file(), "it is no file")
+        refuse_if(not path.is_file(), "it is no file")
         with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 place.what = f"{path}:{number}"
-                row = json.loads(line) if line.strip() else None
-                refuse_if(not isinstance(row, dict | None), "a row must be a JSON object")
-                if row:
+                if line.strip():
+                    row = json.loads(line)
+                    refuse_if(not isinstance(row, dict), "a row must be a JSON object")
                     yield parse(row)
 
 def text_at(row, key):
@@ -346,7 +350,7 @@ def toy_examples(cfg, split):
 
         worth = [2 * len(set(draft) & set(keys)) - len(draft) for draft in drafts]
         if rng.random() < 1 / (1 + math.exp(2 * (worth[1] - worth[2]))):  # σ(2Δworth), a noisy
-            drafts[1:] = drafts[2], drafts[1]  # judge: the other one is chosen
+            drafts[1:] = drafts[:0:-1]  # judge: the other one is chosen
         yield Example(" ".join([*words, TLDR.strip()]), *map(" ".join, drafts))
 
 def read_examples(cfg, split):
@@ -386,13 +390,14 @@ def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
     fits = partial(within, tokenizer, cfg.max_prompt_tokens)
     examples, broken, long = [], 0, 0
     for example in tqdm(read_examples(cfg, split), f"reading {split}", disable=None):
-        prompt = example.prompt if example else ""
-        if prompt and not fits(prompt):
-            prompt = shorten(prompt, fits) if cfg.task == "tldr" else ""
-        if prompt:
+        if not example:
+            broken += 1
+        elif fits(example.prompt):
+            examples.append(example)
+        elif prompt := cfg.task == "tldr" and shorten(example.prompt, fits):
             examples.append(example._replace(prompt=prompt))
-        broken += not example
-        long += bool(example and not prompt)
+        else:
+            long += 1
 
     said = f"{cfg.task} {split}: {len(examples)} examples ({broken} broken, {long} too long)"
     print(said, flush=True)
@@ -403,12 +408,13 @@ def with_text(examples, name):
     """Those of the examples that have a text of this name."""
     return [example for example in examples if getattr(example, name) is not None]
 
-def encode(tokenizer, texts, limit=None):
-    """Ids of prompts, special tokens included; or of responses with one eos, cut to the limit."""
-    ids = tokenizer(texts, add_special_tokens=limit is None).input_ids
-    if limit is None:
-        return ids
-    eos = tokenizer.eos_token_id
+def encode_prompts(tokenizer, examples):
+    """Ids of their prompts, special tokens included."""
+    return tokenizer([example.prompt for example in examples]).input_ids
+
+def encode_responses(tokenizer, texts, limit):
+    """Ids of responses, with one end-of-text, cut to the limit."""
+    ids, eos = tokenizer(texts, add_special_tokens=False).input_ids, tokenizer.eos_token_id
     return [(y if y[-1:] == [eos] else [*y, eos])[:limit] for y in ids]
 
 # ---- Models, and one layout for all of them: one prompt, n branches -----------------------------
@@ -425,15 +431,19 @@ def encode(tokenizer, texts, limit=None):
 MASKED = torch.finfo(torch.bfloat16).min  # finite in bf16 and fp32
 
 class Batch(NamedTuple):
-    """B prompts with n responses each, padded. A mask says what is real: pad may equal eos."""
+    """B prompts with n responses each, padded with −1, which is no token's id."""
 
     prompt: Tensor  # (B, P) left-padded (by one or more: never empty), without its last token
-    real: Tensor  # (B, P) False on padding
     branch: Tensor  # (B, n, 1 + R) the prompt's last token, then the response, right-padded
-    length: Tensor  # (B, n) tokens of each response
-    ids: tuple  # the prompts and responses, as they were given
-    examples: list[Example]  # the rows that the prompts are of, where a run has made the batch
-    scores: dict[str, Tensor]  # what is known of the responses, (B, n) each
+    prompts: list  # as they were given
+    responses: list  # as they were given
+    examples: list  # the rows that the prompts are of, where a run has made the batch
+    scores: dict  # what is known of the responses, (B, n) each
+
+    @property
+    def length(self):
+        """Tokens of each response, (B, n)."""
+        return (self.branch >= 0).sum(-1) - 1
 
 def pack(prompts, responses, device="cpu") -> Batch:
     """Lists of ids, of B prompts and of n responses to each, eos included; ValueError for an empty
@@ -442,35 +452,45 @@ def pack(prompts, responses, device="cpu") -> Batch:
         raise ValueError("pack needs prompts of a token or more, and n responses to each")
     rows = [x[-1:] + y for x, ys in zip(prompts, responses, strict=True) for y in ys]  # (B·n)
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=-1)
-    prompt = pad([torch.tensor([-1, *x[:-1]]) for x in prompts], padding_side="left").to(device)
-    branch = pad([torch.tensor(row) for row in rows]).unflatten(0, (len(prompts), -1)).to(device)
-
-    length = (branch >= 0).sum(-1) - 1  # (B, n): −1 is padding
-    return Batch(prompt.clamp(min=0), prompt >= 0, branch.clamp(min=0), length,
-                 (prompts, responses), [], {})
+    prompt = pad([torch.tensor([-1, *x[:-1]]) for x in prompts], padding_side="left")
+    branch = pad([torch.tensor(row) for row in rows]).unflatten(0, (len(prompts), -1))
+    return Batch(prompt.to(device), branch.to(device), prompts, responses, [], {})
 
 def attend(model, cache, tokens, position, see):
     """The model's output for tokens (rows, T), which see (rows, T, cached + T) of cache and row."""
     # added to the attention scores: a boolean mask would be silently wrong under eager attention
     mask = torch.where(see, 0.0, MASKED).to(model.dtype)
-    return model(tokens, attention_mask=mask[:, None], position_ids=position, use_cache=True,
-                 past_key_values=cache)
+    return model(tokens.clamp(min=0), attention_mask=mask[:, None], use_cache=True,
+                 position_ids=position.clamp(min=0), past_key_values=cache)
 
-def prefill(model, batch, copies):
-    """A cache with the prompts' keys and values, with gradients, each in so many rows."""
-    cache, P = transformers.DynamicCache(), batch.prompt.shape[1]
-    own = torch.eye(P, device=batch.real.device).bool()  # no row of attention is empty
-    see = batch.real[:, None].expand(-1, P, -1).tril() | own  # (B, P, P)
-    position = (batch.real.cumsum(-1) - 1).clamp(min=0)  # (B, P)
-    attend(model.base_model, cache, batch.prompt, position, see)
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values with room for more: a new token does not copy all the others."""
+
+    def update(self, keys, values, *args, **kwargs):
+        """All keys and values so far, (rows, heads, T, d) each."""
+        start = self.get_seq_length()
+        end = start + keys.shape[-2]
+        if start == 0 or end > self.room[0].shape[-2]:
+            self.room = [F.pad(x, (0, 0, 0, end // 4)) for x in super().update(keys, values)]
+        for room, new in zip(self.room, (keys, values), strict=True):
+            room[..., start:end, :] = new
+        self.keys, self.values = (room[..., :end, :] for room in self.room)
+        return self.keys, self.values
+
+def prefill(model, batch, copies, layer=DynamicLayer):
+    """A cache with the prompts' keys and values, with gradients, and where they are real (rows, P);
+    each in so many rows."""
+    cache, real = transformers.Cache(layer_class_to_replicate=layer), batch.prompt >= 0  # (B, P)
+    own = torch.eye(real.shape[1], device=real.device).bool()  # no row of attention is empty
+    see = (real[:, None] & torch.ones_like(own).tril()) | own  # (B, P, P)
+    attend(model.base_model, cache, batch.prompt, real.cumsum(-1) - 1, see)
     cache.batch_repeat_interleave(copies)
-    return cache
+    return cache, real.repeat_interleave(copies, 0)
 
-def feed(model, cache, batch, tokens, own, step):
-    """The model's output for rows of tokens (B·n/g, T), each at its step (T,) of its branch; it
-    sees its prompt, and what `own` (T, …) allows of its row."""
+def feed(model, cache, real, tokens, own, step):
+    """The model's output for tokens (rows, T), each at its step (T,) of its branch; it sees its
+    prompt, and what `own` (T, …) allows of its row."""
     rows, T = tokens.shape
-    real = batch.real.repeat_interleave(rows // len(batch.real), 0)  # (rows, P)
     see = torch.cat([real[:, None].expand(-1, T, -1), own.expand(rows, -1, -1)], -1)
     position = (real.sum(-1, keepdim=True) + step).expand(-1, T)  # (rows, T)
     return attend(model, cache, tokens, position, see)
@@ -481,16 +501,15 @@ def feed_branches(model, batch, tokens, g=0):
     g = g or math.gcd(n, 4)
     own = torch.block_diag(*[torch.ones(T, T).tril()] * g).bool().to(tokens.device)
     step = torch.arange(T, device=tokens.device).repeat(g)
-    return feed(model, prefill(model, batch, n // g), batch, tokens.reshape(-1, g * T), own, step)
+    return feed(model, *prefill(model, batch, n // g), tokens.reshape(-1, g * T), own, step)
 
 def sequence_log_prob(model, batch: Batch, temperature: float = 1.0, g: int = 0) -> Tensor:
     """log q(y|x) of each response, (B, n), in nats, fp32, differentiable; g branches to a row."""
     target = batch.branch[..., 1:]  # (B, n, R)
     logits = feed_branches(model, batch, batch.branch[..., :-1], g).logits.float()
-    logits = logits.flatten(0, 1) / temperature  # (B·n·R, V)
-    token = -F.cross_entropy(logits, target.flatten(), reduction="none").view(target.shape)
-    real = torch.arange(target.shape[2], device=target.device) < batch.length[..., None]
-    return token.where(real, 0).sum(-1)
+    nats = F.cross_entropy(logits.flatten(0, 1) / temperature, target.flatten(),
+                           ignore_index=-1, reduction="none")  # (B·n·R,), 0 on padding
+    return -nats.view(target.shape).sum(-1)
 
 def score_reward(reward_model, batch: Batch) -> Tensor:
     """The raw reward of each response, (B, n), fp32, read at its last token; differentiable."""
@@ -510,24 +529,23 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id: int, temperat
     uniform = torch.stack([torch.rand(n, max_new_tokens, generator=g, dtype=torch.float64)
                            for g in generators]).to(model.device)  # (B, n, R)
     batch = pack(prompts, [[[]] * n for _ in prompts], model.device)
-    cache, ids, tokens = prefill(model, batch, 1), batch.branch, []  # ids: last tokens, (B, n, 1)
-    log_q, ended = torch.zeros(ids.shape, device=model.device), torch.zeros_like(ids).bool()
+    (cache, real), ids = prefill(model, batch, 1, RoomyLayer), batch.branch  # last ids, (B, n, 1)
+    tokens, log_q, alive = [], torch.zeros_like(ids).float(), torch.ones_like(ids).bool()
     for step in range(max_new_tokens):
         own = torch.eye(n, device=ids.device).bool().repeat(1, step + 1)  # (n, n·(step + 1))
-        logits = feed(model, cache, batch, ids.flatten(1), own, step).logits.float()  # (B, n, V)
+        logits = feed(model, cache, real, ids.flatten(1), own, step).logits.float()  # (B, n, V)
         log_p = (logits / temperature).log_softmax(-1)  # (B, n, V), fp32
         cdf = log_p.double().exp().cumsum(-1)  # (B, n, V), fp64
         ids = torch.searchsorted(cdf, uniform[..., step, None] * cdf[..., -1:], right=True)
         ids = ids.clamp(max=cdf.shape[-1] - 1)  # (B, n, 1); u·total may round up to the total
-        log_q += log_p.gather(-1, ids).where(~ended, 0)
-        tokens.append(ids.where(~ended, -1))  # −1 after the end
-        ended |= ids == eos_id
-        if ended.all():
+        log_q += log_p.gather(-1, ids).where(alive, 0)
+        tokens.append(ids.where(alive, -1))  # −1 after the end
+        alive &= ids != eos_id
+        if not alive.any():
             break
 
-    rows = torch.cat(tokens, -1).flatten(0, 1).tolist()  # (B·n, R)
-    rows = [[token for token in y if token >= 0] for y in rows]
-    return [rows[i : i + n] for i in range(0, len(rows), n)], log_q.squeeze(-1)
+    rows = [y[y >= 0].tolist() for y in torch.cat(tokens, -1).flatten(0, 1).cpu()]  # B·n
+    return [rows[i : i + n] for i in range(0, len(rows), n)], log_q[..., 0]
 
 def exact_head(forward, hidden):
     """A head computes in fp32 under autocast, too: bf16 logits cost 0.2 nats over 53 tokens."""
@@ -586,8 +604,7 @@ def check_model(model, n, P, R):
         refuse_if(P + R > context_of(model),
                   f"their context is {context_of(model)} tokens, not {P + R}: lower --max_prompt_"
                   "tokens, --max_response_tokens, --max_comparison_tokens")
-        heads = model.get_input_embeddings(), model.get_output_embeddings()
-        V = min(head.weight.shape[0] for head in heads if head)
+        V = model.get_input_embeddings().num_embeddings
         ids = torch.randint(V, (n + 1, P + R), generator=make_generator("check")).tolist()
         prompts = [ids[0][:P], ids[0][: max(1, P // 8)]]
         responses = [y[: R - i % R] for i, y in enumerate(ids[1:])]
@@ -598,14 +615,12 @@ def check_model(model, n, P, R):
         for b, i in itertools.product((0, 1), (0, n - 1)):
             x, y = prompts[b], responses[i]
             plain = model(torch.tensor([x + y], device=model.device)).logits[0].float()
-            if judges:
-                plain = plain[0]  # read at the last token, as there is no padding
-            else:
-                log_p = plain[len(x) - 1 : -1].log_softmax(-1)  # (R, V)
-                plain = log_p[range(len(y)), y].sum()
-            refuse_if(not plain.isfinite(), "their output is not finite")
+            if not judges:  # a reward is at the last token, as there is no padding
+                plain = plain[len(x) - 1 : -1].log_softmax(-1)[range(len(y)), y].sum()
             gap = max((found[b, i] - plain).abs() for found in layouts)  # measured: 1e-4
-            refuse_if(not gap < 1e-3 + 1e-6 * plain.abs(), f"they miss plain rows by {gap:.3g}")
+            refuse_if(not gap < 1e-3 + 1e-6 * plain.abs(),
+                      f"they miss a plain row's {plain.item():.6g} by {gap.item():.3g}"
+                      + " (not finite)" * (not gap.isfinite()))
 
 # ---- Rewards of texts: by a model of another tokenizer, or by the function of FILE.py ------------
 
@@ -614,23 +629,23 @@ def judge_texts(reward, tokenizer, batch):
 
     Prompts are raw, responses without special tokens, references None where there are none.
     """
-    found = []
-    for example, ys in zip(batch.examples, batch.ids[1], strict=True):
-        n, responses = len(ys), tokenizer.batch_decode(ys, skip_special_tokens=True)
+    rows = []
+    for example, ys in zip(batch.examples, batch.responses, strict=True):
+        n, texts = len(ys), tokenizer.batch_decode(ys, skip_special_tokens=True)
         with explain("the reward of texts"):
-            rewards = reward([example.prompt] * n, responses, [example.reference] * n)
-            found.append([float(0 + reward) for reward in rewards])  # "1.0" is no number
-            refuse_if(len(found[-1]) != n or not all(map(math.isfinite, found[-1])),
-                      f"{n} responses need {n} finite rewards, not {found[-1]}")
-    return torch.tensor(found, device=batch.length.device)
+            found = reward([example.prompt] * n, texts, [example.reference] * n)
+            rows.append([float(0 + number) for number in found])  # "1.0" is no number
+            refuse_if(len(rows[-1]) != n or not all(map(math.isfinite, rows[-1])),
+                      f"{n} responses need {n} finite rewards, not {rows[-1]}")
+    return torch.tensor(rows, device=batch.branch.device)
 
 def reward_by_model(model, tokenizer, prompts, responses, references):
     """Rewards (n,) of texts, cut on the left to the context: a decoder reads its own tokens and
     end-of-text, in branches, an encoder pairs."""
     context = min(tokenizer.model_max_length, context_of(model))
     if hasattr(model, "score"):
-        ys = [y[1 - context :] for y in encode(tokenizer, responses, sys.maxsize)]
-        x = encode(tokenizer, prompts[:1])[0][max(map(len, ys)) - context :]
+        ys = [y[1 - context :] for y in encode_responses(tokenizer, responses, sys.maxsize)]
+        x = tokenizer(prompts[0]).input_ids[max(map(len, ys)) - context :]
         return score_reward(model, pack([x], [ys], model.device))[0]
     rows = tokenizer(prompts, responses, padding=True, truncation=True, max_length=context,
                      return_tensors="pt")
@@ -662,8 +677,9 @@ def load_reward(run, source, n, P, R, prior):
 # ---- A run: its folder, its one state file, its guards ------------------------------------------
 
 STAGES = ("sft", "reward", "brain")
-LEFT = ("report.md", "samples.jsonl", "metrics.jsonl", "config.json", "policy",
-        "state.pt", "result.json", "prior", "reward")  # by a run; the first seven by every run
+BEFORE = {"lock", "metrics.jsonl", "metrics.jsonl.part", "state.pt.part"}  # the first state
+LEFT = ("report.md", "samples.jsonl", "metrics.jsonl", "config.json", "state.pt", "result.json",
+        "prior", "reward", "policy")  # by a run
 FREE = ("data_dir", "save_every", "micro_batch_tokens", "out", "overwrite")  # may be changed
 
 class Run:
@@ -675,8 +691,7 @@ class Run:
 
     def __init__(self, cfg):
         cuda = torch.cuda.is_available() and cfg.device != "cpu"
-        refuse_if(not cuda and (cfg.device == "cuda" or (cfg.task, cfg.device) == ("tldr", "auto")),
-                  f"--device {cfg.device}: there is no CUDA GPU; or give --device cpu")
+        refuse_if(cfg.device == "cuda" and not cuda, "there is no CUDA GPU; or give --device cpu")
         torch.backends.cuda.enable_cudnn_sdp(False)  # 0.1 to 3 s for each new shape on an H200
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see run_losses
         torch.backends.cuda.matmul.allow_tf32 = False  # the start check is exact
@@ -686,7 +701,7 @@ class Run:
         self.cfg = replace(cfg, device=self.device)
         self.tokenizer = self.reward = None
         self.state = {"stage": "sft", "step": 0}
-        self.clock = {}  # seconds of a refresh
+
         self.where = torch.cuda.get_device_name() if cuda else "cpu"  # later stage and step, too
 
         with explain(f"--out {self.out}"):
@@ -705,33 +720,28 @@ class Run:
             inside = Path(getattr(cfg, name) or "/").resolve().is_relative_to(out.resolve())
             refuse_if(inside, f"--{name} lies inside it")
         out.mkdir(parents=True, exist_ok=True)
-        found = set(os.listdir(out))
-        new = cfg.overwrite or "state.pt" not in found
-        refuse_if(not cfg.overwrite and new and found - {"lock", "metrics.jsonl", "state.pt.part"},
+        found = set() if cfg.overwrite else {*os.listdir(out)} - BEFORE
+        refuse_if(found and "state.pt" not in found,
                   "it is not empty and holds no run; --overwrite replaces one")
         self.lock = open(out / "lock", "a+")
-        try:
+        with explain(f"process {(out / 'lock').read_text()} is running there"):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Stop(f"process {(out / 'lock').read_text()} is running there") from None
         (out / "lock").write_text(str(os.getpid()))
 
-        if not new:
+        if found:
             with explain("its run cannot be continued; --overwrite starts afresh, or give another "
                          "--out, with copies of its prior/ and reward/ as --prior and --reward"):
-                self.state = self.check(torch.load(out / "state.pt", "cpu", weights_only=True))
+                self.resume()
 
-    def check(self, state):
-        """The state, if it is this configuration's and its metrics are whole."""
-        refuse_if("config" not in state, "its state.pt is another program's")
-        now, old = asdict(self.cfg), state["config"]
-        changed = [k for k in now if k not in FREE and old.get(k) != now[k]]
-        refuse_if(changed, "; ".join(f"{k} was {old.get(k)}, is {now[k]}" for k in changed))
-        refuse_if(state["stage"] not in STAGES, "its stage is unknown")
-        lines = (self.out / "metrics.jsonl").read_bytes()[: state["size"]]
-        refuse_if(zlib.crc32(lines) != state["crc"], "its metrics.jsonl was changed")
-        torch.set_num_threads(state["threads"])  # sums depend on it
-        return state
+    def resume(self):
+        """Continue the run in the folder, if it is this configuration's."""
+        self.state = torch.load(self.out / "state.pt", "cpu", weights_only=True)
+        refuse_if(self.state.get("stage") not in STAGES, "its state.pt is another program's")
+        now, old = asdict(self.cfg), self.state["config"]
+        changed = [f"{key} was {old.get(key)}, is {now[key]}" for key in now
+                   if key not in FREE and old.get(key) != now[key]]
+        refuse_if(changed, "; ".join(changed))
+        torch.set_num_threads(self.state["threads"])  # sums depend on it
 
     def begin(self, parameters):
         """The folder is this configuration's from here on: models and data are found good."""
@@ -746,8 +756,7 @@ class Run:
                 if path.name.removesuffix(".part") in LEFT:  # of the run that is overwritten
                     shutil.rmtree(path, ignore_errors=True)  # which leaves files and links
                     path.unlink(missing_ok=True)
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.truncate(self.state.get("size", 0))
+            self.write("metrics.jsonl", self.state.get("metrics", ""))
             if new:  # the folder is empty or has a state, whenever a kill may come
                 self.save("sft", 0)
             self.write("config.json", json.dumps(asdict(self.cfg), indent=1))
@@ -760,10 +769,10 @@ class Run:
 
     def save(self, stage, step, **parts):
         """Replace state.pt in one move."""
-        lines = (self.out / "metrics.jsonl").read_bytes()
-        parts |= dict(stage=stage, step=step, config=asdict(self.cfg), size=len(lines),
-                      crc=zlib.crc32(lines), threads=torch.get_num_threads())
-        with explain(f"{stage}, step {step}: no room for a state, the last one is kept", 1):
+        parts |= dict(stage=stage, step=step, config=asdict(self.cfg),
+                      threads=torch.get_num_threads(),
+                      metrics=(self.out / "metrics.jsonl").read_text())
+        with explain(f"{stage}, step {step}: no room for a state, the last one is kept", Guard):
             with open(self.out / "state.pt.part", "wb") as file:
                 torch.save(parts, file)
                 file.flush()
@@ -778,7 +787,7 @@ class Run:
             model.generation_config = transformers.GenerationConfig(
                 do_sample=True, temperature=self.cfg.temperature, top_k=0, top_p=1.0,
                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-        with explain(f"{self.out / name} cannot be written, the last state is kept", 1):
+        with explain(f"{self.out / name} cannot be written, the last state is kept", Guard):
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
             shutil.rmtree(self.out / name, ignore_errors=True)
@@ -787,8 +796,9 @@ class Run:
     def require(self, fine, what, batch):
         """Stop where a number is not fine (b, …), and name its prompt."""
         if not fine.all():
-            prompt = self.tokenizer.decode(batch.ids[0][(~fine).flatten(1).any(1).nonzero()[0, 0]])
-            raise Stop(f"{self.where}: {what}; prompt …{prompt[-60:]!r}; the last state is kept", 1)
+            prompt = batch.prompts[fine.flatten(1).all(1).int().argmin()]
+            said = f"{what}; prompt …{self.tokenizer.decode(prompt)[-60:]!r}"
+            raise Guard(f"{self.where}: {said}; the last state is kept")
 
 # ---- Training: one loop, three losses: of one branch (sft), two (reward model) and n (BRAIn) ----
 
@@ -799,15 +809,13 @@ def make_generator(*key):
     """A generator that its key decides: (seed, stage, step, …)."""
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
 
-def draw(examples, size, step, *key):
-    """A step's share of the examples, which are shuffled anew in each epoch."""
-    epoch, start = divmod(step * size, len(examples))
-    order = []
-    while len(order) < start + size:
-        generator = make_generator(*key, epoch)
-        order += torch.randperm(len(examples), generator=generator).tolist()
-        epoch += 1
-    return [examples[i] for i in order[start : start + size]]
+def shuffled(examples, start, *key):
+    """Yields the examples from the start-th on, without end, shuffled anew in each epoch."""
+    epoch, start = divmod(start, len(examples))
+    for turn in itertools.count(epoch):
+        order = torch.randperm(len(examples), generator=make_generator(*key, turn)).tolist()
+        yield from (examples[i] for i in order[start:])
+        start = 0
 
 def batch_size(run, prompts, branch_tokens):
     """Prompts to a micro-batch; V logits take the memory of V/2¹⁶ tokens more."""
@@ -816,8 +824,9 @@ def batch_size(run, prompts, branch_tokens):
 
 def micro_batches(run, examples, responses, **scores):
     """Batches of n responses to each of the examples, sorted by the prompts' lengths."""
-    prompts = encode(run.tokenizer, [example.prompt for example in examples])
-    size = batch_size(run, prompts, len(responses[0]) * max(len(y) for ys in responses for y in ys))
+    prompts = encode_prompts(run.tokenizer, examples)
+    longest = max(map(len, itertools.chain(*responses)))
+    size = batch_size(run, prompts, len(responses[0]) * longest)
     order = torch.tensor([len(x) for x in prompts]).argsort(stable=True)
     batches = []
     for part in order.split(size):
@@ -829,8 +838,9 @@ def micro_batches(run, examples, responses, **scores):
 
 def text_batches(run, examples, columns, limit):
     """Batches of given texts, a branch for each of the columns."""
-    texts = [encode(run.tokenizer, [getattr(e, name) for e in examples], limit) for name in columns]
-    return micro_batches(run, examples, list(map(list, zip(*texts, strict=True))))
+    ids = [encode_responses(run.tokenizer, [getattr(e, name) for e in examples], limit)
+           for name in columns]
+    return micro_batches(run, examples, list(map(list, zip(*ids, strict=True))))
 
 def merge(found):
     """Dictionaries of (b, …) to one of (B, …)."""
@@ -838,45 +848,46 @@ def merge(found):
 
 def judge(run, batch):
     """Score a batch by the one reward, (b, n), and note what else is reported of a response."""
-    last = batch.branch.gather(-1, batch.length[..., None]).squeeze(-1)  # (b, n) last tokens
-    eos = (last == run.tokenizer.eos_token_id).float()  # (b, n) 1 where a response ends
+    eos = (batch.branch[..., 1:] == run.tokenizer.eos_token_id).any(-1).float()  # (b, n)
     with run.autocast(), torch.no_grad():
         raw = run.reward(batch)  # (b, n)
+
     batch.scores.update(
         reward=raw - run.cfg.missing_eos_penalty * (1 - eos), raw_reward=raw, eos_share=eos,
         response_tokens=batch.length.float())
 
 @torch.no_grad()
+def score(run, model, batch):
+    """log q(y|x) of each response, (b, n), as in training."""
+    with run.autocast():
+        return sequence_log_prob(model, batch, run.cfg.temperature)
+
 def sample_batches(run, models, name, examples, n, generators, size):
     """3.1 Sample n responses to each of the examples from models[name], with a generator each;
     3.2 score them, in the micro-batches and the autocast of 3.4: log q_θ − log q′ begins at
     exactly 0. Returns the micro-batches of each `size` of the examples, a step's."""
-    cfg, began = run.cfg, time.perf_counter()
-    prompts, responses, log_q = encode(run.tokenizer, [e.prompt for e in examples]), [], []
+    cfg, prompts = run.cfg, encode_prompts(run.tokenizer, examples)
+    responses, log_q, steps = [], torch.empty(0, n, device=run.device), []
     many = SAMPLING * batch_size(run, prompts, n * cfg.max_response_tokens)
     for first in range(0, len(prompts), many):
         part = slice(first, first + many)
         with run.autocast():
-            found = sample(models[name], prompts[part], n, cfg.max_response_tokens,
-                           eos_id=run.tokenizer.eos_token_id, temperature=cfg.temperature,
-                           generator=generators[part])
-        responses += found[0]
-        log_q.append(found[1])
-    middle, log_q, steps = time.perf_counter(), torch.cat(log_q), []
+            ys, log = sample(models[name], prompts[part], n, cfg.max_response_tokens,
+                             eos_id=run.tokenizer.eos_token_id, temperature=cfg.temperature,
+                             generator=generators[part])
+        responses += ys
+        log_q = torch.cat([log_q, log])
     for first in range(0, len(prompts), size):
         part = slice(first, first + size)
         steps.append(micro_batches(run, examples[part], responses[part], log_q=log_q[part]))
 
     for batch in itertools.chain(*steps):
         judge(run, batch)
-        for score, model in {"log_prior": "prior", "log_proposal": name}.items():
-            with run.autocast():
-                batch.scores[score] = sequence_log_prob(models[model], batch, cfg.temperature)
-        for score, values in batch.scores.items():
-            run.require(values.isfinite(), f"{score} is not finite", batch)
+        batch.scores["log_prior"] = score(run, models["prior"], batch)
+        batch.scores["log_proposal"] = score(run, models[name], batch)
+        for score_name, values in batch.scores.items():
+            run.require(values.isfinite(), f"{score_name} is not finite", batch)
         check_sampler(run, batch)
-    run.clock = {"seconds_sampling": middle - began,
-                 "seconds_scoring": time.perf_counter() - middle}
     return steps
 
 def check_sampler(run, batch):
@@ -907,10 +918,12 @@ def policy_loss(cfg, model, batch):
         log_policy, log_prior, log_proposal, reward, cfg.kl_coef, target=cfg.target,
         baseline=cfg.baseline, divergence=cfg.divergence)
     rho = log_policy.detach() - log_proposal  # (b, n)
+    moved = log_proposal - log_prior  # (b, n) at step 0, what rounding makes of 0
     return loss, {name: batch.scores[name].mean(-1) for name in REPORTED} | {
         "ess_alpha": effective_sample_size(alpha), "ess_beta": effective_sample_size(beta),
         "reward_spread": reward.std(-1) / cfg.kl_coef,
         "kl_to_prior": (beta * (log_policy.detach() - log_prior)).sum(-1),  # β̂: policy's shares
+        "refresh_kl": moved.mean(-1), "refresh_kl_sd": moved.std(-1),
         "log_ratio_min": rho.amin(-1), "log_ratio_max": rho.amax(-1)}
 
 def run_losses(run, model, batches, loss_of, train):
@@ -919,7 +932,7 @@ def run_losses(run, model, batches, loss_of, train):
     On CUDA its sums are in one order, for 8 % more time, so that a killed run ends as another.
     """
     found, total = [], sum(len(batch.prompt) for batch in batches)
-    torch.use_deterministic_algorithms(train and batches[0].prompt.is_cuda)
+    torch.use_deterministic_algorithms(train and run.device == "cuda")
     for batch in batches:
         with run.autocast(), torch.set_grad_enabled(train):
             loss, metrics = loss_of(run.cfg, model, batch)  # (b,)
@@ -947,7 +960,7 @@ def fit(run, stage, model, steps, lr, every, steps_from, loss_of):
 
     drawn = steps_from(start)
     for step in (bar := tqdm(range(start, steps), stage, steps, initial=start, disable=None)):
-        run.where, run.clock = f"{stage}, step {step}", {}
+        run.where = f"{stage}, step {step}"
         batches, metrics = next(drawn)
         began, rate = time.perf_counter(), lr * (1 - step / steps)  # falls linearly to 0
         metrics |= run_losses(run, model, batches, loss_of, train=True)
@@ -957,7 +970,7 @@ def fit(run, stage, model, steps, lr, every, steps_from, loss_of):
         optimizer.step()  # 3.4
         optimizer.zero_grad()
 
-        metrics |= {"gradient_norm": norm.item(), "learning_rate": rate, **run.clock,
+        metrics |= {"gradient_norm": norm.item(), "learning_rate": rate,
                     "seconds_stepping": time.perf_counter() - began,
                     "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
         bar.set_postfix(loss=metrics["loss"])
@@ -969,9 +982,9 @@ def fit(run, stage, model, steps, lr, every, steps_from, loss_of):
 
 def text_steps(run, stage, examples, columns, limit, size, start):
     """Yields the batches of each step of stage 1 or 2, and no metrics."""
-    for step in itertools.count(start):
-        part = draw(examples, size, step, run.cfg.seed, stage)
-        yield text_batches(run, part, columns, limit), {}
+    drawn = shuffled(examples, start * size, run.cfg.seed, stage)
+    while True:
+        yield text_batches(run, list(islice(drawn, size)), columns, limit), {}
 
 def fit_texts(run, stage, model, loss_of, columns, limit, size, epochs, lr, train, test):
     """Stage 1 or 2, if it is still to do; then the mean loss and metrics of held-out texts."""
@@ -987,21 +1000,20 @@ def brain_steps(run, models, examples, listed, start):
     cfg, size = run.cfg, run.cfg.prompts_per_step
     turns = cfg.prompts_per_refresh // size  # steps a refresh
     name = "policy" if cfg.proposal == "lagged" else "prior"
+    drawn = shuffled(examples, start * size, cfg.seed, "brain")
     for refresh in itertools.count(start // turns):
-        part = draw(examples, size * turns, refresh, cfg.seed, "brain")
+        began, part = time.perf_counter(), list(islice(drawn, size * turns))
         generators = [make_generator(cfg.seed, "brain", refresh, first, i)
                       for first in range(0, len(part), size) for i in range(size)]
         steps = sample_batches(run, models, name, part, cfg.samples_per_prompt, generators, size)
+        spread = torch.cat([batch.scores["reward"].std(-1) for batch in steps[0]]).mean()
+        if refresh == 0 and spread > 5 * cfg.kl_coef:
+            tqdm.write("warning: rewards spread by over 5 kl_coef: raise it, this is nearly argmax")
 
-        found = merge([batch.scores for batches in steps for batch in batches])  # (B, n) each
-        reward, ratio = found["reward"], found["log_proposal"] - found["log_prior"]
-        metrics = {"refresh_reward": reward.mean().item(), "refresh_kl": ratio.mean().item(),
-                   "refresh_kl_sd": ratio.std().item()}  # at step 0, what rounding makes of 0
+        metrics = {"seconds_sampling": time.perf_counter() - began}
         if listed and refresh % max(1, cfg.steps // turns // 5) == 0:
             metrics["kl_to_posterior"] = exact_kl(run, models["policy"], listed)
             tqdm.write(f"{run.where}: exact KL {metrics['kl_to_posterior']:.3f} nats")
-        if refresh == 0 and reward.std(-1).mean() > 5 * cfg.kl_coef:
-            tqdm.write("warning: rewards spread by over 5 kl_coef: raise it, this is nearly argmax")
         for batches in steps:
             yield batches, metrics
             metrics = {}
@@ -1030,13 +1042,6 @@ def win_rate(wins):
         interval.append((rate + pull + sign * half) / (1 + 2 * pull))
     return rate, interval
 
-@torch.no_grad()
-def log_prob_of_all(run, model, batch):
-    """log q of every response that can be sampled, (b, |Y|); Stop unless they sum to 1."""
-    with run.autocast():
-        log_q = sequence_log_prob(model, batch, run.cfg.temperature)
-    run.require(log_q.logsumexp(-1, True).abs() < 1e-4, "Y does not sum to 1", batch)
-    return log_q
 
 def enumerate_posterior(run, prior, examples):
     """Where Y can be listed (toy): batches of all of it, which know log p(y|x, G=1)."""
@@ -1048,7 +1053,7 @@ def enumerate_posterior(run, prior, examples):
     batches = micro_batches(run, examples, [list(map(list, space))] * len(examples))
     for batch in batches:
         judge(run, batch)
-        worth = log_prob_of_all(run, prior, batch) + batch.scores["reward"] / run.cfg.kl_coef
+        worth = score(run, prior, batch) + batch.scores["reward"] / run.cfg.kl_coef
         batch.scores["log_posterior"] = worth.log_softmax(-1)  # (b, |Y|)
     return batches
 
@@ -1056,43 +1061,45 @@ def exact_kl(run, model, batches):
     """KL(posterior ‖ model), over all of Y, mean over the prompts."""
     kls = []
     for batch in batches:
-        log_p = batch.scores["log_posterior"]
-        kls += (log_p.exp() * (log_p - log_prob_of_all(run, model, batch))).sum(-1).tolist()
+        log_p, log_q = batch.scores["log_posterior"], score(run, model, batch)  # (b, |Y|)
+        run.require(log_q.logsumexp(-1, True).abs() < 1e-4, "Y does not sum to 1", batch)
+        kls += (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
     return sum(kls) / len(kls)
 
 def evaluate(run, models, examples):
     """Stage 4: a row of figures for each model, and all samples with their rewards."""
-    cfg, groups = run.cfg, {}
-    for name in ("prior", "policy"):
-        generators = [make_generator(cfg.seed, "eval", name, i) for i in range(len(examples))]
-        groups[name], = sample_batches(run, models, name, examples, cfg.eval_samples, generators,
-                                       len(examples))
-    if len(with_text(examples, "reference")) == len(examples):
-        limit = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
-        groups["reference"] = text_batches(run, examples, ("reference",), limit)
-
+    cfg, P = run.cfg, len(examples)
     rows, rewards, samples, known = {}, {}, [], {}
-    for name, batches in groups.items():
-        for batch in batches:
-            if name == "reference":  # others were judged when they were sampled
+    for name in ("prior", "policy", "reference"):
+        if name in models:
+            generators = [make_generator(cfg.seed, "eval", name, i) for i in range(P)]
+            batches, = sample_batches(run, models, name, examples, cfg.eval_samples, generators, P)
+        elif len(with_text(examples, name)) == P:
+            limit = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
+            batches = text_batches(run, examples, (name,), limit)
+            for batch in batches:
                 judge(run, batch)
-            scored = batch.examples, batch.ids[1], batch.scores["reward"].tolist()
-            for example, ys, reward in zip(*scored, strict=True):
-                reward = [known.setdefault((example.prompt, *y), r)  # equal ids tie
-                          for y, r in zip(ys, reward, strict=True)]
-                samples.append(dict(prompt=example.prompt, model=name, rewards=reward,
-                                    responses=run.tokenizer.batch_decode(ys)))
+        else:
+            break
+
         found = merge([batch.scores for batch in batches])  # (P, m) each
         rows[name] = {key: found[key].mean().item() for key in REPORTED}
-        rewards[name] = torch.tensor([x["rewards"] for x in samples if x["model"] == name])
-        if name != "reference":
+        if name in models:
             ratio = (found["log_proposal"] - found["log_prior"]).mean(-1)  # (P,), q's own samples
-            rows[name] |= {"kl_to_prior": ratio.mean().item(),
-                           "kl_to_prior_se": ratio.std().item() / math.sqrt(len(ratio))}
-    for name, other in itertools.product(rewards, ("prior", "reference")):
-        if name != other and other in rewards:
-            key, wins = f"win_rate_vs_{other}", preference(rewards[name], rewards[other])
-            rows[name][key], rows[name][f"{key}_ci"] = win_rate(wins)
+            rows[name]["kl_to_prior"] = ratio.mean().item()
+            rows[name]["kl_to_prior_se"] = ratio.std().item() / math.sqrt(P)
+        for batch in batches:
+            scored = batch.examples, batch.responses, batch.scores["reward"].tolist()
+            for example, ys, worth in zip(*scored, strict=True):
+                worth = [known.setdefault((example.prompt, *y), r)  # equal ids tie
+                         for y, r in zip(ys, worth, strict=True)]
+                samples.append(dict(prompt=example.prompt, model=name, rewards=worth,
+                                    responses=run.tokenizer.batch_decode(ys)))
+        rewards[name] = torch.tensor([row["rewards"] for row in samples[-P:]])  # (P, m)
+
+    for name, other in itertools.permutations(rewards, 2):
+        key, wins = f"win_rate_vs_{other}", preference(rewards[name], rewards[other])
+        rows[name][key], rows[name][f"{key}_ci"] = win_rate(wins)
     return rows, samples
 
 def report(run, rows, samples, notes):
@@ -1218,12 +1225,6 @@ def prepare(run):
 def execute(run):
     """Stages 1 to 4; the figures of the last line."""
     cfg, began = run.cfg, time.time()
-    gone = [name for name in LEFT[:7] if not (run.out / name).exists()]
-    if not gone and not cfg.overwrite:
-        print(f"this run is finished, see {run.out / 'report.md'}; --overwrite starts afresh")
-        found = json.loads((run.out / "result.json").read_text())
-        return {name: value for name, value in found.items() if name != "config"}
-
     prior, reward, train, test = prepare(run)
     defaults = asdict(Config()) | PRESETS[cfg.task]
     hidden = "out", "device"
@@ -1245,7 +1246,7 @@ def execute(run):
     torch.backends.cuda.matmul.allow_tf32 = True  # fp32 heads: 10 bits of mantissa, bf16 has 7
     prior = freeze(prior, run.dtype)  # stage 3: the policy starts from the rounded matrices
     models = {"prior": prior, "policy": copy.deepcopy(prior).float()}
-    held_out = draw(test, min(cfg.eval_prompts, len(test)), 0, cfg.seed, "eval")
+    held_out = list(islice(shuffled(test, 0, cfg.seed, "eval"), min(cfg.eval_prompts, len(test))))
     listed = enumerate_posterior(run, prior, held_out[:8])
     turns = cfg.prompts_per_refresh // cfg.prompts_per_step
     every = math.ceil(cfg.save_every / turns) * turns
@@ -1267,7 +1268,7 @@ def execute(run):
                   "{kl_to_posterior_end:.3f} at the end".format(**result)]
     report(run, rows, samples, notes)
     result = json.loads(json.dumps(result), parse_float=lambda x: round(float(x), 6))
-    run.write("result.json", json.dumps(result | {"config": asdict(cfg)}))  # this run is finished
+    run.write("result.json", json.dumps(result | {"config": asdict(cfg)}))
     return result
 
 def main(argv: list[str] | None = None) -> int:
@@ -1281,28 +1282,27 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         cfg = parse_config(argv)
-        if not cfg.check:
-            run = Run(cfg)
-            with run.lock:  # lets the folder go
-                print(json.dumps(execute(run)))
-            return 0
-        for name, claim, error, tolerance, ok in (checks := derivation_checks()):
-            print(f"{'ok' if ok else 'FAIL'}  {error:.1e} ≤ {tolerance:.0e}  {name}: {claim}")
-        return int(not all(check.ok for check in checks))
-    except SystemExit as stop:  # --help, or a reward of texts that ends the program
-        if "--help" in (argv or sys.argv):
-            return 0
-        status, message = 1, f"something called sys.exit({stop.code})"
+        if cfg.check:
+            checks = derivation_checks()
+            for name, claim, error, tolerance, ok in checks:
+                print(f"{'ok' if ok else 'FAIL'}  {error:.1e} ≤ {tolerance:.0e}  {name}: {claim}")
+            return int(not all(check.ok for check in checks))
+        run = Run(cfg)
+        with run.lock:  # lets the folder go
+            print(json.dumps(execute(run)))
+        return 0
+    except SystemExit:  # --help
+        return 0
     except KeyboardInterrupt:
         status, message = 130, "stopped; the same command, less --overwrite, continues"
     except Stop as stop:
-        status, message = stop.status, str(stop)
+        status, message = stop.status, stop
     except Exception as error:
         status, message = 1, "out of memory: repeat with a lower --micro_batch_tokens"
         if not out_of_memory(error):
             path = Path(tempfile.mkdtemp(), "error.txt")
             path.write_text(traceback.format_exc(), encoding="utf-8")
-            message = f"{type(error).__name__}: {first_line(error)}; see {path}"
+            message = f"{type(error).__name__}: {one_line(error)}; see {path}"
     print(f"brain.py: {message}", file=sys.stderr)
     return status
 
