@@ -700,8 +700,7 @@ class Run:
         self.autocast = partial(torch.autocast, self.device, torch.bfloat16, cuda)
         self.cfg = replace(cfg, device=self.device)
         self.tokenizer = self.reward = None
-        self.state = {"stage": "sft", "step": 0}
-
+        self.state = {"stage": "sft", "step": 0, "metrics": ""}
         self.where = torch.cuda.get_device_name() if cuda else "cpu"  # later stage and step, too
 
         with explain(f"--out {self.out}"):
@@ -756,7 +755,7 @@ class Run:
                 if path.name.removesuffix(".part") in LEFT:  # of the run that is overwritten
                     shutil.rmtree(path, ignore_errors=True)  # which leaves files and links
                     path.unlink(missing_ok=True)
-            self.write("metrics.jsonl", self.state.get("metrics", ""))
+            self.write("metrics.jsonl", self.state["metrics"])
             if new:  # the folder is empty or has a state, whenever a kill may come
                 self.save("sft", 0)
             self.write("config.json", json.dumps(asdict(self.cfg), indent=1))

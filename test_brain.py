@@ -2622,22 +2622,23 @@ SMALL = ("--task toy --device cpu --steps 20 --save_every 5 --max_response_token
          "--max_comparison_tokens 2 --sft_epochs 1 --sft_batch 128 --reward_epochs 1 "
          "--reward_batch 128 --samples_per_prompt 4 --prompts_per_step 4 --prompts_per_refresh 8 "
          "--eval_prompts 8 --out").split()
-DYING = """
-import io, os, signal, sys, torch, brain
-real, calls = torch.save, []
-def save(state, file, *rest, **options):  # killed when half of its second state is written
-    calls.append(state["stage"])
-    if calls.count("brain") == 2:
-        whole = io.BytesIO()
-        real(state, whole)
-        file = file if hasattr(file, "write") else open(file, "wb")
-        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(state, file, *rest, **options)
-torch.save = save
-sys.exit(brain.main(sys.argv[1:]))
-"""
+
+
+def die_within_a_save() -> None:
+    """From now on: kill -9 when half of the second state of stage 3 is written."""
+    real, calls = torch.save, []
+
+    def save(state, file, *rest, **options):
+        calls.append(state["stage"])
+        if calls.count("brain") == 2:
+            whole = io.BytesIO()
+            real(state, whole)
+            file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(state, file, *rest, **options)
+
+    torch.save = save
 
 
 def fingerprint(out: Path) -> tuple:
@@ -2653,23 +2654,19 @@ def figures(stdout: str) -> dict:
     return {key: value for key, value in found.items() if not key.startswith("seconds")}
 
 
-def start(out: Path, code: str | None = None) -> subprocess.Popen:
-    """A process that runs SMALL in `out`, through brain.py itself or through `code`."""
-    env = dict(os.environ, PYTHONPATH=str(Path(brain.__file__).parent), PYTHONUNBUFFERED="1")
-    script = [brain.__file__] if code is None else ["-c", code]
-    return subprocess.Popen([sys.executable, *script, *SMALL, str(out)], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def stop_at(process: subprocess.Popen, out: Path, lines: int) -> tuple[str, str]:
-    """kill -9 once metrics.jsonl has so many lines; stdout and stderr of the process."""
+def stop_at(out: Path, lines: int) -> Finished:
+    """A process that runs SMALL in `out`, killed (-9) once metrics.jsonl has so many lines."""
+    process = subprocess.Popen(
+        [sys.executable, brain.__file__, *SMALL, str(out)], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     path, end = out / "metrics.jsonl", time.monotonic() + 60
     while process.poll() is None and time.monotonic() < end:
         if path.exists() and path.read_bytes().count(b"\n") >= lines:
             break
         time.sleep(0.002)
     process.kill()
-    return process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=60)
+    return Finished(process.returncode, stdout, stderr, out)
 
 
 def begins_at(stdout: str) -> int:
@@ -2709,6 +2706,16 @@ def brief_run(brief, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module", autouse=True)
+def toy_rows_drawn_once():
+    """A short run spends a seventh of its time on drawing toy's rows, which its seed decides."""
+    real = brain.toy_examples
+    rows = functools.cache(lambda seed, split: list(real(SimpleNamespace(seed=seed), split)))
+    brain.toy_examples = lambda cfg, split: iter(rows(cfg.seed, split))
+    yield
+    brain.toy_examples = real
+
+
 def interrupt(*_, **__):
     """Ctrl-C, at once; a signal may arrive a little later."""
     raise KeyboardInterrupt
@@ -2722,24 +2729,20 @@ def test_a_killed_run_ends_as_if_it_had_not_been(unbroken, tmp_path, monkeypatch
     real = brain.preference_loss  # Ctrl-C in the fifth step of its stage
     monkeypatch.setattr(brain, "preference_loss", lambda *args: (
         interrupt() if next(losses) == 5 else real(*args)))
-    for code, lines in ((None, 13), ("Ctrl-C", 0), (DYING, 999), ("to the end", 0)):
-        if code in ("Ctrl-C", "to the end"):
-            run = small(out)
-            stdout, stderr, status = run.stdout, run.stderr, run.status
-        else:
-            process = start(out, code)
-            stdout, stderr = stop_at(process, out, lines)
-            status = process.returncode
-        assert status == {"Ctrl-C": 130, "to the end": 0}.get(code, -signal.SIGKILL), stderr
-        assert written - EVERY <= begins_at(stdout) <= written, stdout.splitlines()[0]
+    for part, status in ((lambda: stop_at(out, 13), -signal.SIGKILL), (lambda: small(out), 130),
+                         (lambda: forked([*SMALL, out], tmp_path, die_within_a_save),
+                          -signal.SIGKILL), (lambda: small(out), 0)):
+        run = part()
+        assert run.status == status, run.stderr
+        assert written - EVERY <= begins_at(run.stdout) <= written, run.stdout.splitlines()[0]
         torch.load(out / "state.pt", weights_only=True)  # the state is whole
         written = len(lines_of(out))
-        if code == "Ctrl-C":
-            assert stderr.startswith("brain.py: ") and "continue" in stderr
-            assert stderr.count("\n") == 1
-    assert "brain" in stdout.splitlines()[0] and not stderr
+        if status == 130:
+            assert run.stderr.startswith("brain.py: ") and "continue" in run.stderr
+            assert run.stderr.count("\n") == 1
+    assert "brain" in run.stdout.splitlines()[0] and not run.stderr
     assert fingerprint(out) == fingerprint(unbroken.folder)
-    assert figures(stdout) == figures(unbroken.stdout)
+    assert figures(run.stdout) == figures(unbroken.stdout)
 
 
 @pytest.mark.parametrize(
@@ -5054,13 +5057,9 @@ SHORT_PLAN = dict(
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
-    """A folder with the models and the runs of a comparison in small, and what it said."""
-    plan = Plan(out=str(tmp_path_factory.mktemp("compare")), **SHORT_PLAN)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        compare(plan)
-    return plan, said.getvalue()
+def compared(beside):
+    """The plan of a comparison in small, its models and runs in its folder, and what it said."""
+    return Plan(out=f"{beside[1]}/compared", **SHORT_PLAN), said_beside(beside, "compared")
 
 
 def test_compare_runs(compared, monkeypatch):
@@ -5129,29 +5128,37 @@ def test_own_pairs(compared):
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-gap)), abs=1e-5)
 
 
-def test_compare_dialogues(tmp_path, monkeypatch):
+SHORT_DIALOGUES = dict(
+    methods=("reverse",), seeds=1, rates=(1e-3,), wider=0, steps=2, samples=8, jobs=1, hidden=16,
+    words=300, flags=(
+        "--max_prompt_tokens=256", "--max_response_tokens=4", "--max_comparison_tokens=16",
+        "--sft_epochs=1", "--reward_epochs=1", "--reward_lr=1e-2", "--eval_prompts=8"))
+FEW_DIALOGUES = {"train": [make_dialogue(i) for i in range(48)],
+                 "test": [make_dialogue(200 + i) for i in range(8)]}
+
+
+@pytest.fixture(scope="module")
+def conversed(beside):
+    """The same of a comparison on dialogues."""
+    plan = Dialogues(out=f"{beside[1]}/conversed", data_dir=f"{beside[1]}/hh", **SHORT_DIALOGUES)
+    return plan, said_beside(beside, "conversed")
+
+
+def test_compare_dialogues(conversed, monkeypatch):
     """Catches halves that share a pair, a judge that saw the training's, figures of another model
     or of other samples, and runs that are done twice."""
-    rows = {"train": [make_dialogue(i) for i in range(48)],
-            "test": [make_dialogue(200 + i) for i in range(8)]}
-    for split, found in rows.items():
-        write_gz(tmp_path / f"hh/harmless-base/{split}.jsonl.gz", found)
-    plan = Dialogues(
-        out=str(tmp_path / "out"), data_dir=str(tmp_path / "hh"), methods=("reverse",),
-        seeds=1, rates=(1e-3,), wider=0, steps=2, samples=8, jobs=1, hidden=16, words=300, flags=(
-            "--max_prompt_tokens=256", "--max_response_tokens=4", "--max_comparison_tokens=16",
-            "--sft_epochs=1", "--reward_epochs=1", "--reward_lr=1e-2", "--eval_prompts=8"))
-    with contextlib.redirect_stdout(io.StringIO()) as said, monkeypatch.context() as patch:
-        found = compare_dialogues(plan)
+    (plan, said), rows = conversed, FEW_DIALOGUES
+    with contextlib.redirect_stdout(io.StringIO()) as again, monkeypatch.context() as patch:
         patch.setattr(brain, "main", None)
-        assert rounded(compare_dialogues(plan)) == rounded(found)  # from its files
-    assert "| reverse | kl_coef 0.4 | 0.001 | 1 | 0 |" in said.getvalue()
+        compare_dialogues(plan)
+    assert again.getvalue().splitlines()[-1] == said.splitlines()[-1]  # from its files
+    assert "| reverse | kl_coef 0.4 | 0.001 | 1 | 0 |" in said
 
     halves = [[tuple(json.loads(line).values()) for line in open(path, encoding="utf-8")]
-              for path in sorted(tmp_path.glob("out/seeds/0/*_data/train.jsonl"))]
+              for path in sorted(Path(plan.out).glob("seeds/0/*_data/train.jsonl"))]
     assert [len(half) for half in halves] == [24, 24]
     assert set().union(*halves) == {split_dialogue(row) for row in rows["train"]}
-    folder, run = seed_folder(plan, 0), tmp_path / "out/run/reverse/0.4/0.001/0"
+    folder, run = seed_folder(plan, 0), Path(plan.out, "run/reverse/0.4/0.001/0")
     told = json.loads((folder / "judge/result.json").read_text())["config"]
     assert told["prior"] == f"{folder}/policy/prior" and told["data_dir"] == f"{folder}/judge_data"
 
@@ -6658,27 +6665,64 @@ def pretend(argv: list[str]) -> None:
 KEY_WORDS = "sun moon star rain".split()  # tokens of brain's toy, for the pretend runs
 
 
+def compare_in_small(folder: Path, name: str) -> None:
+    """The comparison of SHORT_PLAN or SHORT_DIALOGUES; NAME.txt is what it said, once done."""
+    (folder / name).mkdir()
+    with open(folder / f"{name}.part", "w") as file, contextlib.redirect_stdout(file):
+        if name == "compared":
+            compare(Plan(out=f"{folder}/{name}", **SHORT_PLAN))
+        else:
+            for split, rows in FEW_DIALOGUES.items():
+                write_gz(folder / f"hh/harmless-base/{split}.jsonl.gz", rows)
+            compare_dialogues(Dialogues(out=f"{folder}/{name}", data_dir=f"{folder}/hh",
+                                        **SHORT_DIALOGUES))
+    (folder / f"{name}.part").rename(folder / f"{name}.txt")
+
+
+def said_beside(beside, name: str) -> str:
+    """What a comparison said in the process beside this one, which may still be at it."""
+    process, folder = beside
+    while not (folder / f"{name}.txt").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    return (folder / f"{name}.txt").read_text()
+
+
+def work_beside(argv: list[str]) -> None:
+    """The comparisons in small and the pretend device, those that are named."""
+    folder, checkpoints, *wanted = argv
+    for name in [name for name in wanted if name != "pretended"]:
+        # in a child: no gradient may be computed before the pretend device is there
+        child = multiprocessing.Process(target=compare_in_small, args=[Path(folder), name])
+        child.start()
+        child.join()
+    if "pretended" in wanted:
+        pretend([folder, checkpoints])
+
+
 @pytest.fixture(scope="module", autouse=True)
-def rehearsal(request, tmp_path_factory):
-    """The process with the pretend device, begun before the first test: most of them leave one of
-    two cores idle."""
-    if not any("pretended" in item.fixturenames for item in request.session.items):
+def beside(request, tmp_path_factory):
+    """A process begun before the first test, and its folder: most tests leave one of two cores
+    idle, so it does what takes long and is looked at late."""
+    used = set(itertools.chain(*(item.fixturenames for item in request.session.items)))
+    wanted = sorted({"compared", "conversed", "pretended"} & used)
+    if not wanted:
         yield None
         return
-    folder = tmp_path_factory.mktemp("pretended")
+    folder = tmp_path_factory.mktemp("beside")
     with subprocess.Popen(
-            [sys.executable, __file__, "pretend", folder, request.getfixturevalue("checkpoints")],
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, __file__, "beside", folder, request.getfixturevalue("checkpoints"),
+             *wanted], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}) as process:
-        yield process
+        yield process, folder
         process.kill()
 
 
 @pytest.fixture(scope="module")
-def pretended(rehearsal):
-    """What that process has found."""
-    stdout, stderr = rehearsal.communicate()
-    assert rehearsal.returncode == 0, stderr
+def pretended(beside):
+    """What that process has found of the pretend device."""
+    stdout, stderr = beside[0].communicate()
+    assert beside[0].returncode == 0, stderr
     return json.loads(stdout.splitlines()[-1])
 
 
@@ -7189,7 +7233,7 @@ def test_the_gpu_program_runs(capsys):
 
 PROGRAMS = {"bench": benchmark, "capitals": write_capitals, "compare": print_comparison,
             "compare_hh": print_dialogues, "families": families, "gpu": measure_gpu,
-            "kills": print_kills, "pretend": pretend, "prompt": print_prompt, "trl": race_trl}
+            "kills": print_kills, "beside": work_beside, "prompt": print_prompt, "trl": race_trl}
 
 
 if __name__ == "__main__":
