@@ -544,7 +544,8 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id: int, temperat
         if not alive.any():
             break
 
-    rows = [y[y >= 0].tolist() for y in torch.cat(tokens, -1).flatten(0, 1).cpu()]  # B·n
+    rows = torch.cat(tokens, -1).flatten(0, 1).tolist()  # (B·n, R)
+    rows = [y[: (*y, -1).index(-1)] for y in rows]
     return [rows[i : i + n] for i in range(0, len(rows), n)], log_q[..., 0]
 
 def exact_head(forward, hidden):
@@ -916,6 +917,7 @@ def policy_loss(cfg, model, batch):
     loss, (alpha, beta) = brain_loss(
         log_policy, log_prior, log_proposal, reward, cfg.kl_coef, target=cfg.target,
         baseline=cfg.baseline, divergence=cfg.divergence)
+
     rho = log_policy.detach() - log_proposal  # (b, n)
     moved = log_proposal - log_prior  # (b, n) at step 0, what rounding makes of 0
     return loss, {name: batch.scores[name].mean(-1) for name in REPORTED} | {
