@@ -605,7 +605,8 @@ def check_model(model, n, P, R):
         refuse_if(P + R > context_of(model),
                   f"their context is {context_of(model)} tokens, not {P + R}: lower --max_prompt_"
                   "tokens, --max_response_tokens, --max_comparison_tokens")
-        V = model.get_input_embeddings().num_embeddings
+        heads = model.get_input_embeddings(), model.get_output_embeddings()
+        V = min(head.weight.shape[0] for head in heads if head)
         ids = torch.randint(V, (n + 1, P + R), generator=make_generator("check")).tolist()
         prompts = [ids[0][:P], ids[0][: max(1, P // 8)]]
         responses = [y[: R - i % R] for i, y in enumerate(ids[1:])]

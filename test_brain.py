@@ -1315,7 +1315,7 @@ def families(argv: list[str]) -> None:
     ("gemma3_text", dict(sliding_window=16), "refused"), ("gptj", {}, "right"),
     ("opt", {}, "right"), ("bloom", {}, "refused"), ("mamba", {}, "refused"),
     ("phi3", VARIANTS[1][2], "refused"), ("qwen3", {}, "right"), ("olmo2", {}, "right"),
-    ("falcon", {}, "right")])
+    ("falcon", {}, "right"), ("mllama", {}, "right")])  # the last has ids without logits
 def test_family_is_right_or_refused(model_type, changes, word):
     """Catches a layout that only the three families above can read (ten do here, the rest in
     `test_brain.py families`), and a start check that lets a type through whose windows count
