@@ -33,7 +33,6 @@ Departures from the paper:
     6 Supervised fine-tuning averages nats over a response's tokens.
 """
 
-
 import bisect
 import copy
 import fcntl
@@ -262,7 +261,7 @@ def check_config(cfg):
     """Stop for values that no run could have."""
     for name, value in asdict(cfg).items():
         refuse_if(value == "", f"--{name} is empty; is a variable unset?")
-        least = LEAST.get(name, 1e-12)
+        least = LEAST.get(name, 1 if type(value) is int else 1e-12)
         refuse_if(type(value) in (int, float) and not least <= value <= 1e9,
                   f"--{name} must be between {least} and 1e9, not {value}")
 
@@ -300,7 +299,7 @@ def read_rows(path, parse):
     """Yields parse(row) of a .jsonl or .jsonl.gz file; errors say file:line."""
     opener = gzip.open if path.suffix == ".gz" else open  # a truncated .gz is an error, too
     with explain(path) as place:
-        refuse_if(not path.is_file(), "it is no file")
+        refuse_if(path.exists() and not path.is_file(), "it is no file")
         with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 place.what = f"{path}:{number}"
@@ -620,9 +619,9 @@ def check_model(model, n, P, R):
             if not judges:  # a reward is at the last token, as there is no padding
                 plain = plain[len(x) - 1 : -1].log_softmax(-1)[range(len(y)), y].sum()
             gap = max((found[b, i] - plain).abs() for found in layouts)  # measured: 1e-4
+            refuse_if(not plain.isfinite(), "their output is not finite")
             refuse_if(not gap < 1e-3 + 1e-6 * plain.abs(),
-                      f"they miss a plain row's {plain.item():.6g} by {gap.item():.3g}"
-                      + " (not finite)" * (not gap.isfinite()))
+                      f"they miss plain rows by {gap.item():.3g}")
 
 # ---- Rewards of texts: by a model of another tokenizer, or by the function of FILE.py ------------
 
@@ -679,7 +678,7 @@ def load_reward(run, source, n, P, R, prior):
 # ---- A run: its folder, its one state file, its guards ------------------------------------------
 
 STAGES = ("sft", "reward", "brain")
-BEFORE = {"lock", "metrics.jsonl", "metrics.jsonl.part", "state.pt.part"}  # the first state
+BEFORE = {"lock", "metrics.jsonl", "metrics.jsonl.part", "state.pt.part"}  # no state yet
 LEFT = ("report.md", "samples.jsonl", "metrics.jsonl", "config.json", "state.pt", "result.json",
         "prior", "reward", "policy")  # by a run
 FREE = ("data_dir", "save_every", "micro_batch_tokens", "out", "overwrite")  # may be changed
@@ -1008,7 +1007,7 @@ def brain_steps(run, models, examples, listed, start):
         generators = [make_generator(cfg.seed, "brain", refresh, first, i)
                       for first in range(0, len(part), size) for i in range(size)]
         steps = sample_batches(run, models, name, part, cfg.samples_per_prompt, generators, size)
-        spread = torch.cat([batch.scores["reward"].std(-1) for batch in steps[0]]).mean()
+        spread = merge([batch.scores for batch in steps[0]])["reward"].std(-1).mean()
         if refresh == 0 and spread > 5 * cfg.kl_coef:
             tqdm.write("warning: rewards spread by over 5 kl_coef: raise it, this is nearly argmax")
 
@@ -1043,7 +1042,6 @@ def win_rate(wins):
         half = math.sqrt(pull * (pull + 2 * most))
         interval.append((rate + pull + sign * half) / (1 + 2 * pull))
     return rate, interval
-
 
 def enumerate_posterior(run, prior, examples):
     """Where Y can be listed (toy): batches of all of it, which know log p(y|x, G=1)."""
@@ -1293,8 +1291,8 @@ def main(argv: list[str] | None = None) -> int:
         with run.lock:  # lets the folder go
             print(json.dumps(execute(run)))
         return 0
-    except SystemExit:  # --help
-        return 0
+    except SystemExit as stop:  # --help
+        return int(stop.code != 0)
     except KeyboardInterrupt:
         status, message = 130, "stopped; the same command, less --overwrite, continues"
     except Stop as stop:

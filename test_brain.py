@@ -5900,7 +5900,7 @@ def test_other_errors_are_not_of_memory(brief, tmp_path, capfd):
     assert "allocate cannot be used" in error and "--micro_batch_tokens" not in error
 
 
-def test_a_reward_file_that_ends_the_program(rack, shelf, tmp_path, capfd):
+def test_a_reward_file_that_ends_the_program(rack, shelf, tmp_path, capfd, monkeypatch):
     """Catches sys.exit() in somebody's FILE.py that ends a run as if it had been finished."""
     (tmp_path / "late.py").write_text(
         "import sys\ncalls = []\ndef reward(p, r, f):\n    calls.append(1)\n"
@@ -5909,6 +5909,9 @@ def test_a_reward_file_that_ends_the_program(rack, shelf, tmp_path, capfd):
         argv = [*shlex.split(RUN.format_map(rack)), "--reward", source, "--out",
                 str(tmp_path / "run"), "--steps", "1", "--overwrite"]
         assert "SystemExit" in refused(capfd, argv)
+    for code, status in ((0, 0), (None, 1), (3, 1), ("bye", 1)):  # wherever else it is raised
+        monkeypatch.setattr(brain, "execute", lambda run, code=code: sys.exit(code))
+        assert brain.main([*SMALL, str(tmp_path / "left")]) == status
 
 
 def test_a_reward_file_runs(rack, tmp_path):
