@@ -1,11 +1,10 @@
 """BRAIn: Bayesian reward-conditioned amortized inference, in one file (arXiv 2402.02479).
 
-Condition the supervised model p(y|x) on "this answer is good" (G = 1), which a reward model r
-says with p(G=1|x, y) ∝ exp(r(x, y)/kl_coef). By Bayes' rule the posterior is p(y|x, G=1) ∝
+Condition the supervised model p(y|x) on "this answer is good", G = 1, which a reward model r says
+with p(G=1|x, y) ∝ exp(r(x, y)/kl_coef). By Bayes' rule the posterior is p(y|x, G=1) ∝
 p(y|x)·exp(r(x, y)/kl_coef), the optimum of E_q[r] − kl_coef·KL(q‖p). It can be weighed but not
-sampled from, so distil it: draw n answers to a prompt from a proposal q′ (the policy of a moment
-ago), weigh them by self-normalised importance sampling (SNIS) and step the policy q_θ on
-KL(α̂ ‖ β̂), where
+sampled from, so distil it: draw n answers to a prompt from a proposal q′, the policy of a moment
+ago, weigh them by self-normalised importance sampling (SNIS), step the policy q_θ on KL(α̂ ‖ β̂):
 
     α̂ = softmax(log p + r/kl_coef − log q′)   is the posterior's share of each of the n answers,
     β̂ = softmax(log q_θ − log q′)             the policy's share, a self-normalised baseline, and
@@ -26,14 +25,13 @@ Stages of `python brain.py --task toy|tldr|hh|jsonl`; a checkpoint that is given
 Departures from the paper:
     1 Its hyper-parameters could not be reached: the defaults are our own.
     2 Prior, policy and posterior are all of softmax(logits/temperature), 0.7 on tldr.
-    3 The proposal is the policy of the last refresh, at a cadence of our own; the paper's
-      abstract describes the offline case, --proposal prior.
+    3 The proposal is the policy of the last refresh; the abstract describes --proposal prior.
     4 log q′ is the policy's score of the samples, not the sampler's own: rounding cancels in β̂.
     5 A response without end-of-text pays missing_eos_penalty.
     6 Supervised fine-tuning averages nats over a response's tokens.
 """
 
-import bisect
+import contextlib
 import copy
 import fcntl
 import gzip
@@ -46,35 +44,24 @@ import random
 import re
 import runpy
 import shutil
-import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections import namedtuple
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
-
-if __name__ == "__main__":  # Ctrl-C during the slow imports below ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import file_download, utils
+from huggingface_hub import file_download
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    HfArgumentParser,
-)
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 
 @dataclass(frozen=True)
@@ -86,13 +73,13 @@ class Config:
     prior: str | None = None  # hub name or folder of a supervised model: skips stage 1
     reward: str | None = None  # the same of a reward model, or FILE.py: skips stage 2
     data_dir: str | None = None  # where the data files lie, and where downloads go
-    hh_subsets: list[str] = field(default_factory="harmless-base helpful-base".split)  # HH folders
+    hh_subsets: str = "harmless-base helpful-base"  # folders of hh, separated by spaces
     out: str | None = None  # the run's folder; out/TASK by default
     overwrite: bool = False  # replace the run in --out by a fresh one
     check: bool = False  # print the derivation checks, nothing else
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     seed: int = 0  # reaches every draw
-    max_prompt_tokens: int = 512  # longer prompts are cut (tldr) or skipped
+    max_prompt_tokens: int = 512  # longer prompts are skipped
     max_response_tokens: int = 128  # limit of sampling and of sft, end-of-text included
     max_comparison_tokens: int = 256  # limit of the responses that train a reward model
     temperature: float = 1.0  # after sft, every model is softmax(logits / temperature)
@@ -119,33 +106,26 @@ class Config:
     eval_prompts: int = 256  # held-out prompts of the evaluation, at least 3
     eval_samples: int = 4  # responses to each of them, at least 2
 
-# Of each task what differs from above; tldr's and hh's are for 1B checkpoints on an H100 or H200.
-PRESETS = {
-    "toy": dict(
-        max_prompt_tokens=16, max_response_tokens=4, max_comparison_tokens=4, kl_coef=0.4,
-        sft_lr=3e-3, sft_epochs=4, reward_lr=1e-3, reward_epochs=4, lr=2e-3, steps=400,
-        prompts_per_refresh=64, save_every=50),
-    "tldr": dict(
-        prior="cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr", data_dir="data/tldr",
-        reward="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr", temperature=0.7,
-        max_response_tokens=53, max_comparison_tokens=169, sft_lr=3e-6, sft_batch=128,
-        device="cuda"),
+PRESETS = {  # what differs from above; tldr's and hh's are for 1B checkpoints on an H100 or H200
+    "toy": dict(max_prompt_tokens=16, max_response_tokens=4, max_comparison_tokens=4, kl_coef=0.4,
+                sft_lr=3e-3, sft_epochs=4, reward_lr=1e-3, reward_epochs=4, lr=2e-3, steps=400,
+                prompts_per_refresh=64, save_every=50),
+    "tldr": dict(prior="cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr", data_dir="data/tldr",
+                 reward="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr", temperature=0.7,
+                 max_response_tokens=53, max_comparison_tokens=169, sft_lr=3e-6, sft_batch=128,
+                 device="cuda"),
     "hh": dict(prior="lomahony/eleuther-pythia1b-hh-sft", data_dir="data/hh-rlhf"),
-    "jsonl": {},
-}
+    "jsonl": dict(data_dir="data")}
 
 # ---- The paper: pure functions of (B, n) log-probabilities and rewards, in their own dtype ------
-
 BRAIN = ("posterior", "self_normalized")  # target and baseline, the only ones with a reverse
 Weights = namedtuple("Weights", "alpha_hat beta_hat")  # shares of the n samples, rows sum to 1
 
 def snis_weights(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, reward: Tensor,
                  kl_coef: float, target: str = "posterior") -> Weights:
-    """Self-normalised importance weights, α̂ of the posterior, β̂ of the policy (section 4).
-
-    Takes four (B, n) tensors: log-probabilities of whole responses in nats, and rewards in the
-    reward model's units. Raises ValueError for unequal shapes, kl_coef ≤ 0 or an unknown target.
-    """
+    """Self-normalised importance weights: α̂ of the posterior, β̂ of the policy (section 4), from
+    (B, n) log-probabilities of whole responses, in nats, and rewards, in the reward model's units.
+    ValueError for unequal shapes, kl_coef ≤ 0 or an unknown target."""
     if not log_policy.shape == log_prior.shape == log_proposal.shape == reward.shape:
         raise ValueError("log_policy, log_prior, log_proposal and reward need one shape, (B, n)")
     if not kl_coef > 0:
@@ -158,7 +138,6 @@ def snis_weights(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, re
         alpha_hat = best / best.sum(-1, keepdim=True)
     else:
         raise ValueError(f"target must be posterior or argmax, not {target!r}")
-
     beta_hat = (log_policy - log_proposal).softmax(-1)  # (B, n)
     return Weights(alpha_hat, beta_hat)
 
@@ -166,12 +145,10 @@ def brain_loss(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, rewa
                kl_coef: float, *, target: str = "posterior", baseline: str = "self_normalized",
                divergence: str = "forward") -> tuple[Tensor, Weights]:
     """BRAIn's loss, KL(α̂ ‖ β̂) by default, per prompt (B,) in nats, and the detached weights.
-
     Differentiable in log_policy alone, with gradient −Σᵢ (α̂ᵢ − bᵢ) ∇log q_θ(yᵢ). The baseline
     b = ∂A/∂log q_θ(yᵢ), which is 0, exp(ρᵢ)/n or β̂ᵢ, comes of a term A(ρ) that estimates the
     log of Σ_y q_θ(y|x) = 1. Divergence "reverse" is KL(β̂ ‖ α̂), the policy-gradient side. Inputs
-    and errors: snis_weights; an unknown dial, or reverse with another one turned: ValueError.
-    """
+    and errors: snis_weights; an unknown dial, or reverse with another one turned: ValueError."""
     log_prior, log_proposal, reward = log_prior.detach(), log_proposal.detach(), reward.detach()
     alpha, beta = snis_weights(log_policy, log_prior, log_proposal, reward, kl_coef, target)
     rho = log_policy - log_proposal  # (B, n) ρ = log q_θ − log q′
@@ -198,17 +175,14 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     return 1 / weights.square().sum(-1)
 
 # ---- Command line, and errors told in one line --------------------------------------------------
-
 LEAST = dict(seed=0, missing_eos_penalty=0, samples_per_prompt=2, eval_samples=2, eval_prompts=3)
 
 class Stop(Exception):
     """A user's mistake: ends the program with one line and this status."""
-
     status = 2
 
 class Guard(Stop):
     """A number that cannot be trusted, or a disk that is full."""
-
     status = 1
 
 def refuse_if(wrong, why):
@@ -217,68 +191,49 @@ def refuse_if(wrong, why):
         raise Stop(why)
 
 @dataclass
-class explain:
+class explain(contextlib.AbstractContextManager):
     """What fails inside the block ends the program in one line that begins with `what`."""
-
     what: str
     kind: type = Stop
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, kind, error, trace):
-        if isinstance(error, Exception | SystemExit) and not out_of_memory(error):
+        if isinstance(error, Exception | SystemExit):
             kind = kind if isinstance(error, Stop) else self.kind
             raise kind(f"{self.what}: {one_line(error)}") from error
 
 def one_line(error):
-    """What an error says, in one line."""
+    """What an error says, in one line; on a CPU torch calls memory that runs out a RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return "out of memory: repeat with a lower --micro_batch_tokens"
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-def out_of_memory(error):
-    """Whether memory has run out; on a CPU torch says so in a RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """The resolved configuration of a command line; Stop before anything is loaded."""
-    parser = HfArgumentParser(Config, allow_abbrev=False, add_help=False, prog="brain.py")
+    parser = transformers.HfArgumentParser(Config, allow_abbrev=False)
     parser.error = partial(refuse_if, True)  # one line, no usage text
+    parser.format_help = partial(inspect.getsource, Config)
     given, _ = parser.parse_known_args(argv)  # what the user said, without a preset
     preset = PRESETS[given.task] | dict(out=given.out or f"out/{given.task}")
-    if given.base:
-        preset |= dict(prior=None, reward=None)
-    parser.set_defaults(**preset)
-
-    parser.add_argument("--help", action="help")
-    comments = dict(re.findall(r" (\w+): .*  # (.*)", inspect.getsource(Config)))
-    for action in parser._actions:
-        action.help = comments.get(action.dest, action.help)
+    parser.set_defaults(**preset | (dict(prior=None, reward=None) if given.base else {}))
     cfg = Config(**vars(parser.parse_args(argv)))
-    check_config(cfg)
-    return cfg
 
-def check_config(cfg):
-    """Stop for values that no run could have."""
     for name, value in asdict(cfg).items():
         refuse_if(value == "", f"--{name} is empty; is a variable unset?")
         least = LEAST.get(name, 1 if type(value) is int else 1e-12)
         refuse_if(type(value) in (int, float) and not least <= value <= 1e9,
                   f"--{name} must be between {least} and 1e9, not {value}")
-
     refuse_if(cfg.base and cfg.prior, "--base is made into the prior: give no --prior beside it")
     refuse_if(cfg.task != "toy" and not (cfg.base or cfg.prior), "--base or --prior is needed")
-    refuse_if(cfg.task == "tldr" and not cfg.reward, "tldr has no comparisons: --reward is needed")
-    refuse_if(cfg.task == "jsonl" and not cfg.data_dir, "--data_dir with train.jsonl is needed")
     refuse_if(cfg.prompts_per_refresh % cfg.prompts_per_step,
               "--prompts_per_refresh must be a multiple of --prompts_per_step")
     refuse_if(cfg.divergence == "reverse" and (cfg.target, cfg.baseline) != BRAIN,
-              f"--divergence reverse needs --target {BRAIN[0]} and --baseline {BRAIN[1]}")
+              "--divergence reverse needs --target posterior and --baseline self_normalized")
+    return cfg
 
 # ---- Data: four tasks, one Example --------------------------------------------------------------
-
 TLDR_URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
 HH_URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
-POST, TLDR, TURN = "\n\nPOST: ", "\n\nTL;DR:", "\n\nAssistant:"
+TLDR, TURN = "\n\nTL;DR:", "\n\nAssistant:"
 KEYS, FILLERS = "sun moon star rain".split(), "the a of in".split()
 Example = namedtuple("Example", "prompt reference chosen rejected", defaults=[None] * 3)  # texts
 
@@ -287,11 +242,10 @@ def fetch(cfg, url, name):
     path, url = Path(cfg.data_dir, name), f"{url}/{name}"
     if not path.exists():
         with explain(f"{path} is absent (--data_dir names its folder), {url} cannot be fetched"):
-            size = file_download.get_hf_file_metadata(url).size  # bytes, which http_get checks
-            print(f"fetching {url}, {(size or 0) / 1e6:.1f} MB, to {path}", flush=True)
+            print(f"fetching {url} to {path}", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(f"{path}.part", "ab") as part:  # all of it, or the rest
-                file_download.http_get(url, part, resume_size=part.tell(), expected_size=size)
+            with open(f"{path}.part", "wb") as part:
+                file_download.http_get(url, part)  # which checks its length
             os.rename(part.name, path)
     return path
 
@@ -299,7 +253,7 @@ def read_rows(path, parse):
     """Yields parse(row) of a .jsonl or .jsonl.gz file; errors say file:line."""
     opener = gzip.open if path.suffix == ".gz" else open  # a truncated .gz is an error, too
     with explain(path) as place:
-        refuse_if(path.exists() and not path.is_file(), "it is no file")
+        refuse_if(not path.is_file(), "there is no such file (--data_dir names its folder)")
         with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 place.what = f"{path}:{number}"
@@ -324,16 +278,15 @@ def parse_dialogue(row):
     """A row of HH, cut at its last turn; None where prompts differ or an answer is empty."""
     prompt, turn, chosen = text_at(row, "chosen").rpartition(TURN)
     other, _, rejected = text_at(row, "rejected").rpartition(TURN)
-    if prompt != other or not (turn and chosen.strip() and rejected.strip()):
-        return None
-    return Example(prompt + turn, chosen, chosen, rejected)  # a response starts with a space
+    whole = prompt == other and turn and chosen.strip() and rejected.strip()
+    return Example(prompt + turn, chosen, chosen, rejected) if whole else None
 
 def parse_post(row):
     """A row of tldr_3_filtered, as a query; None for an empty summary."""
-    subreddit, title, post, summary = (
-        text_at(row, key) for key in ("subreddit", "title", "post", "summary"))
-    prompt = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}{POST}{post}{TLDR}"
-    return Example(prompt, " " + summary.strip()) if summary.strip() else None
+    summary = text_at(row, "summary").strip()
+    prompt = (f"SUBREDDIT: r/{text_at(row, 'subreddit')}\n\nTITLE: {text_at(row, 'title')}"
+              f"\n\nPOST: {text_at(row, 'post')}{TLDR}")
+    return Example(prompt, f" {summary}") if summary else None
 
 def toy_examples(cfg, split):
     """Yields prompts of six words, some of them key words: a good summary lists each of these."""
@@ -346,7 +299,6 @@ def toy_examples(cfg, split):
             if rng.random() < 0.5:
                 at = rng.randrange(len(draft))
                 draft[at : at + rng.choice([0, 1, 2])] = [rng.choice(KEYS + FILLERS)]
-
         worth = [2 * len(set(draft) & set(keys)) - len(draft) for draft in drafts]
         if rng.random() < 1 / (1 + math.exp(2 * (worth[1] - worth[2]))):  # σ(2Δworth), a noisy
             drafts[1:] = drafts[:0:-1]  # judge: the other one is chosen
@@ -362,54 +314,18 @@ def read_examples(cfg, split):
         name = f"datasets/tldr_3_filtered/{split}.jsonl"
         yield from read_rows(fetch(cfg, TLDR_URL, name), parse_post)
     elif cfg.task == "hh":
-        for subset in cfg.hh_subsets:
+        for subset in cfg.hh_subsets.split():
             yield from read_rows(fetch(cfg, HH_URL, f"{subset}/{split}.jsonl.gz"), parse_dialogue)
 
-def shorten(prompt, fits):
-    """A TL;DR prompt less its post's last lines, then less its only line's last characters.
-
-    Of all these cuts the longest that fits, by bisection; "" where none does.
-    """
-    head, marker, post = prompt.removesuffix(TLDR).partition(POST)
-    lines = [i for i, letter in enumerate(post) if letter == "\n"] or [len(post)]
-    cuts = [*lines[:0:-1], *range(lines[0], -1, -1)]  # ever shorter
-    best = bisect.bisect_left(cuts, True, key=lambda cut: fits(f"{head}{marker}{post[:cut]}{TLDR}"))
-    return f"{head}{marker}{post[: cuts[best]]}{TLDR}" if best < len(cuts) else ""
-
-def within(tokenizer, limit, prompt):
-    """Whether a prompt has tokens, and no more than the limit."""
-    return 0 < len(tokenizer(prompt).input_ids) <= limit
-
 def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
-    """The examples of a split ("train" or "test"), their prompts within max_prompt_tokens.
-
-    Others are cut (tldr) or skipped, as are rows that the data set itself has broken; both are
-    counted. Stop for a row that breaks its format, and where too few remain.
-    """
-    fits = partial(within, tokenizer, cfg.max_prompt_tokens)
-    examples, broken, long = [], 0, 0
-    for example in tqdm(read_examples(cfg, split), f"reading {split}", disable=None):
-        if not example:
-            broken += 1
-        elif fits(example.prompt):
-            examples.append(example)
-        elif prompt := cfg.task == "tldr" and shorten(example.prompt, fits):
-            examples.append(example._replace(prompt=prompt))
-        else:
-            long += 1
-
-    said = f"{cfg.task} {split}: {len(examples)} examples ({broken} broken, {long} too long)"
+    """A split, train or test, less broken rows and long prompts, which are counted; or Stop."""
+    rows = list(read_examples(cfg, split))
+    examples = [row for row in tqdm(rows, f"reading {split}", disable=None)
+                if row and 0 < len(tokenizer(row.prompt).input_ids) <= cfg.max_prompt_tokens]
+    said = f"{cfg.task} {split}: {len(examples)} of {len(rows)} rows, less broken and too long ones"
     print(said, flush=True)
     refuse_if(len(examples) < (3 if split == "test" else 1), f"too few usable rows: {said}")
     return examples
-
-def with_text(examples, name):
-    """Those of the examples that have a text of this name."""
-    return [example for example in examples if getattr(example, name) is not None]
-
-def encode_prompts(tokenizer, examples):
-    """Ids of their prompts, special tokens included."""
-    return tokenizer([example.prompt for example in examples]).input_ids
 
 def encode_responses(tokenizer, texts, limit):
     """Ids of responses, with one end-of-text, cut to the limit."""
@@ -421,7 +337,6 @@ def encode_responses(tokenizer, texts, limit):
 # the branches are fed, g of them to a row. A branch begins with the prompt's last token x₃, whose
 # output predicts y₁. Here are g = 2 branches a and b, left padding ·, and who sees (#) what:
 #                        ·  x₁ x₂    x₃ᵃ y₁ᵃ y₂ᵃ x₃ᵇ y₁ᵇ y₂ᵇ       (cache, then row of branches)
-#          predicts y₁ᵃ     #  #     #
 #          predicts y₂ᵃ     #  #     #   #
 #          predicts y₂ᵇ     #  #                 #   #
 # Scoring feeds whole branches, g = gcd(n, 4) to a row, the fastest (README, "The cost of a step");
@@ -431,68 +346,42 @@ MASKED = torch.finfo(torch.bfloat16).min  # finite in bf16 and fp32
 
 class Batch(NamedTuple):
     """B prompts with n responses each, padded with −1, which is no token's id."""
-
     prompt: Tensor  # (B, P) left-padded (by one or more: never empty), without its last token
     branch: Tensor  # (B, n, 1 + R) the prompt's last token, then the response, right-padded
-    prompts: list  # as they were given
-    responses: list  # as they were given
+    length: Tensor  # (B, n) tokens of each response
+    prompts: list  # as they were given, as are
+    responses: list
     examples: list  # the rows that the prompts are of, where a run has made the batch
     scores: dict  # what is known of the responses, (B, n) each
 
-    @property
-    def length(self):
-        """Tokens of each response, (B, n)."""
-        return (self.branch >= 0).sum(-1) - 1
-
 def pack(prompts, responses, device="cpu") -> Batch:
-    """Lists of ids, of B prompts and of n responses to each, eos included; ValueError for an empty
-    prompt or a ragged n."""
+    """Ids of B prompts and n responses to each, eos included; ValueError: no prompt, a ragged n."""
     if not all(prompts) or len({len(ys) for ys in responses}) != 1:
         raise ValueError("pack needs prompts of a token or more, and n responses to each")
     rows = [x[-1:] + y for x, ys in zip(prompts, responses, strict=True) for y in ys]  # (B·n)
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=-1)
     prompt = pad([torch.tensor([-1, *x[:-1]]) for x in prompts], padding_side="left")
-    branch = pad([torch.tensor(row) for row in rows]).unflatten(0, (len(prompts), -1))
-    return Batch(prompt.to(device), branch.to(device), prompts, responses, [], {})
+    branch = pad([torch.tensor(row) for row in rows]).unflatten(0, (len(prompts), -1)).to(device)
+    return Batch(prompt.to(device), branch, (branch >= 0).sum(-1) - 1, prompts, responses, [], {})
 
-def attend(model, cache, tokens, position, see):
-    """The model's output for tokens (rows, T), which see (rows, T, cached + T) of cache and row."""
-    # added to the attention scores: a boolean mask would be silently wrong under eager attention
-    mask = torch.where(see, 0.0, MASKED).to(model.dtype)
+def feed(model, cache, real, tokens, own, step):
+    """The model's output for tokens (rows, T), each so many steps behind its prompt; they see what
+    is real of the prompt (rows, P), and what `own` (…, T, T′) allows of the rest."""
+    rows, T = tokens.shape
+    see = torch.cat([real[:, None].expand(-1, T, -1), own.expand(rows, -1, -1)], -1)
+    mask = torch.where(see, 0.0, MASKED).to(model.dtype)  # added: eager attention would misread
+    position = (real.sum(-1, keepdim=True) + step).expand(-1, T)  # (rows, T)     a boolean one
     return model(tokens.clamp(min=0), attention_mask=mask[:, None], use_cache=True,
                  position_ids=position.clamp(min=0), past_key_values=cache)
 
-class RoomyLayer(DynamicLayer):
-    """A layer's keys and values with room for more: a new token does not copy all the others."""
-
-    def update(self, keys, values, *args, **kwargs):
-        """All keys and values so far, (rows, heads, T, d) each."""
-        start = self.get_seq_length()
-        end = start + keys.shape[-2]
-        if start == 0 or end > self.room[0].shape[-2]:
-            self.room = [F.pad(x, (0, 0, 0, end // 4)) for x in super().update(keys, values)]
-        for room, new in zip(self.room, (keys, values), strict=True):
-            room[..., start:end, :] = new
-        self.keys, self.values = (room[..., :end, :] for room in self.room)
-        return self.keys, self.values
-
-def prefill(model, batch, copies, layer=DynamicLayer):
-    """A cache with the prompts' keys and values, with gradients, and where they are real (rows, P);
-    each in so many rows."""
-    cache, real = transformers.Cache(layer_class_to_replicate=layer), batch.prompt >= 0  # (B, P)
+def prefill(model, batch, copies):
+    """A cache of the prompts, with gradients, and where it is real (rows, P), in so many copies."""
+    cache, real = transformers.DynamicCache(), batch.prompt >= 0  # (B, P)
     own = torch.eye(real.shape[1], device=real.device).bool()  # no row of attention is empty
     see = (real[:, None] & torch.ones_like(own).tril()) | own  # (B, P, P)
-    attend(model.base_model, cache, batch.prompt, real.cumsum(-1) - 1, see)
+    feed(model.base_model, cache, real[:, :0], batch.prompt, see, real.cumsum(-1) - 1)
     cache.batch_repeat_interleave(copies)
     return cache, real.repeat_interleave(copies, 0)
-
-def feed(model, cache, real, tokens, own, step):
-    """The model's output for tokens (rows, T), each at its step (T,) of its branch; it sees its
-    prompt, and what `own` (T, …) allows of its row."""
-    rows, T = tokens.shape
-    see = torch.cat([real[:, None].expand(-1, T, -1), own.expand(rows, -1, -1)], -1)
-    position = (real.sum(-1, keepdim=True) + step).expand(-1, T)  # (rows, T)
-    return attend(model, cache, tokens, position, see)
 
 def feed_branches(model, batch, tokens, g=0):
     """The model's output for branches (B, n, T), g to a row."""
@@ -514,21 +403,19 @@ def score_reward(reward_model, batch: Batch) -> Tensor:
     """The raw reward of each response, (B, n), fp32, read at its last token; differentiable."""
     hidden = feed_branches(reward_model.base_model, batch, batch.branch).last_hidden_state
     score = reward_model.score(hidden).float().view(batch.branch.shape)  # (B, n, 1 + R)
-    return score.gather(-1, batch.length[..., None]).squeeze(-1)
+    return score.gather(-1, batch.length[..., None])[..., 0]
 
 @torch.no_grad()
 def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id: int, temperature: float = 1.0,
            generator=None) -> tuple[list, Tensor]:
-    """n responses to each prompt from softmax(logits / temperature), nothing truncated.
-
-    Returns their ids (B, n), eos included unless cut at max_new_tokens, and log q′ (B, n) in fp32.
-    With a list of generators, one per prompt, a prompt's samples do not depend on the others.
-    """
+    """n responses to each prompt from softmax(logits / temperature), nothing truncated: their ids
+    (B, n), eos included unless cut at max_new_tokens, and log q′ (B, n), nats in fp32. With a list
+    of generators, one per prompt, a prompt's samples do not depend on the others."""
     generators = generator if isinstance(generator, list) else [generator] * len(prompts)
     uniform = torch.stack([torch.rand(n, max_new_tokens, generator=g, dtype=torch.float64)
                            for g in generators]).to(model.device)  # (B, n, R)
     batch = pack(prompts, [[[]] * n for _ in prompts], model.device)
-    (cache, real), ids = prefill(model, batch, 1, RoomyLayer), batch.branch  # last ids, (B, n, 1)
+    (cache, real), ids = prefill(model, batch, 1), batch.branch  # ids: the last ones, (B, n, 1)
     tokens, log_q, alive = [], torch.zeros_like(ids).float(), torch.ones_like(ids).bool()
     for step in range(max_new_tokens):
         own = torch.eye(n, device=ids.device).bool().repeat(1, step + 1)  # (n, n·(step + 1))
@@ -543,8 +430,7 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id: int, temperat
         if not alive.any():
             break
 
-    rows = torch.cat(tokens, -1).flatten(0, 1).tolist()  # (B·n, R)
-    rows = [y[: (*y, -1).index(-1)] for y in rows]
+    rows = [y[: (*y, -1).index(-1)] for y in torch.cat(tokens, -1).flatten(0, 1).tolist()]  # (B·n,)
     return [rows[i : i + n] for i in range(0, len(rows), n)], log_q[..., 0]
 
 def exact_head(forward, hidden):
@@ -553,10 +439,7 @@ def exact_head(forward, hidden):
         return forward(hidden.float())
 
 def freeze(model, dtype):
-    """The model for scoring only: the matrices of attention and MLP in dtype, all else in fp32.
-
-    So autocast treats it as it treats the policy, and equal weights have equal scores.
-    """
+    """The model, to score only: with the dtypes of autocast, so equal weights have equal scores."""
     for module in model.base_model.modules():
         if isinstance(module, (torch.nn.Linear, transformers.pytorch_utils.Conv1D)):
             module.to(dtype)
@@ -565,20 +448,18 @@ def freeze(model, dtype):
 def load(run, kind, name):
     """A model of a kind and its tokenizer from a hub or a folder; Stop where they do not fit."""
     with explain(f"{name} cannot be used"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False, truncation_side="left", padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = kind.from_pretrained(
             name, trust_remote_code=False, dtype=torch.float32, output_loading_info=True)
-        stray = sorted({*info["missing_keys"], *info["unexpected_keys"]})[:1]
+        stray = sorted([*info["missing_keys"], *info["unexpected_keys"]])[:1]
         refuse_if(stray, f"{stray} is missing or stray: was it trained for another use?")
         return ready(run, copy.deepcopy(model), tokenizer), tokenizer  # aligned: sums depend on it
 
 def ready(run, model, tokenizer):
     """The model frozen, dropout off, on its device, after a look at its tokenizer."""
     ids, plain = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
-    refuse_if(len(tokenizer) <= len(tokenizer.all_special_ids), "it has no tokenizer")
-    refuse_if(len(tokenizer) > model.get_input_embeddings().num_embeddings,
-              "it has more tokens than embeddings")
+    refuse_if(not plain, "it has no tokenizer")
+    refuse_if(len(tokenizer) > model.get_input_embeddings().num_embeddings, "it lacks embeddings")
     refuse_if(not model.can_generate() and model.config.num_labels != 1, "it has not one label")
     head = getattr(model, "score", None) or model.get_output_embeddings()
     if head:  # a decoder
@@ -587,131 +468,84 @@ def ready(run, model, tokenizer):
         head.forward = partial(exact_head, head.forward)
     return model.eval().requires_grad_(False).to(run.device)
 
-def context_of(model):
-    """The most tokens of a row; where longrope would make a score depend on the longest row."""
-    config = str(model.config)
+@torch.no_grad()
+def check_model(cfg, model, R):
+    """The start check: a padded batch at the run's n and lengths against plain rows, or Stop."""
+    P, V = cfg.max_prompt_tokens, model.config.get_text_config().vocab_size
+    n = 4 * math.ceil(max(cfg.samples_per_prompt, cfg.eval_samples) / 4)  # so the widest row is
+    config, judges = str(model.config), hasattr(model, "score")
     longest = "original_max_position" if "longrope" in config else "(?:max|n)_position"
     sizes = re.findall(rf'"(?:{longest}\w*|sliding_window)": ([1-9]\d*)', config)
-    return min(map(int, sizes), default=sys.maxsize)
 
-@torch.no_grad()
-def check_model(model, n, P, R):
-    """The start check: a padded batch at the run's n and lengths against plain rows, or Stop.
-
-    Layouts are scoring's and sampling's; compared are each prompt's first and last branch.
-    """
     with explain(f"{model.config.model_type} models cannot run as branches here"):
-        refuse_if(P + R > context_of(model),
-                  f"their context is {context_of(model)} tokens, not {P + R}: lower --max_prompt_"
-                  "tokens, --max_response_tokens, --max_comparison_tokens")
-        heads = model.get_input_embeddings(), model.get_output_embeddings()
-        V = min(head.weight.shape[0] for head in heads if head)
+        context = min(map(int, sizes), default=P + R)
+        refuse_if(P + R > context, f"their context is {context}: lower --max_…_tokens below it")
         ids = torch.randint(V, (n + 1, P + R), generator=make_generator("check")).tolist()
-        prompts = [ids[0][:P], ids[0][: max(1, P // 8)]]
+        prompts = ids[0][:P], ids[0][: max(1, P // 8)]
         responses = [y[: R - i % R] for i, y in enumerate(ids[1:])]
-        batch, judges = pack(prompts, [responses] * 2, model.device), hasattr(model, "score")
-
+        batch = pack(prompts, [responses] * 2, model.device)
         layouts = [score_reward(model, batch)] if judges else [
-            sequence_log_prob(model, batch, g=g) for g in (math.gcd(n, 4), n)]
+            sequence_log_prob(model, batch, g=g) for g in (4, n)]  # to score, to sample
         for b, i in itertools.product((0, 1), (0, n - 1)):
             x, y = prompts[b], responses[i]
             plain = model(torch.tensor([x + y], device=model.device)).logits[0].float()
             if not judges:  # a reward is at the last token, as there is no padding
                 plain = plain[len(x) - 1 : -1].log_softmax(-1)[range(len(y)), y].sum()
             gap = max((found[b, i] - plain).abs() for found in layouts)  # measured: 1e-4
-            refuse_if(not plain.isfinite(), "their output is not finite")
-            refuse_if(not gap < 1e-3 + 1e-6 * plain.abs(),
-                      f"they miss plain rows by {gap.item():.3g}")
+            refuse_if(not gap < 1e-3 + 1e-6 * plain.abs(), f"{gap.item():.3g} off plain rows")
 
-# ---- Rewards of texts: by a model of another tokenizer, or by the function of FILE.py ------------
-
+# ---- Rewards: by a model that reads the prior's tokens, or by the function of FILE.py ------------
 def judge_texts(reward, tokenizer, batch):
-    """Rewards (B, n) by reward(prompts, responses, references), lists of text, prompt by prompt.
-
-    Prompts are raw, responses without special tokens, references None where there are none.
-    """
+    """Rewards (B, n) by reward(prompts, responses, references), lists of text, prompt by prompt."""
     rows = []
     for example, ys in zip(batch.examples, batch.responses, strict=True):
         n, texts = len(ys), tokenizer.batch_decode(ys, skip_special_tokens=True)
         with explain("the reward of texts"):
             found = reward([example.prompt] * n, texts, [example.reference] * n)
             rows.append([float(0 + number) for number in found])  # "1.0" is no number
-            refuse_if(len(rows[-1]) != n or not all(map(math.isfinite, rows[-1])),
-                      f"{n} responses need {n} finite rewards, not {rows[-1]}")
+            refuse_if(len(rows[-1]) != n, f"{n} responses need {n} rewards, not {rows[-1]}")
     return torch.tensor(rows, device=batch.branch.device)
 
-def reward_by_model(model, tokenizer, prompts, responses, references):
-    """Rewards (n,) of texts, cut on the left to the context: a decoder reads its own tokens and
-    end-of-text, in branches, an encoder pairs."""
-    context = min(tokenizer.model_max_length, context_of(model))
-    if hasattr(model, "score"):
-        ys = [y[1 - context :] for y in encode_responses(tokenizer, responses, sys.maxsize)]
-        x = tokenizer(prompts[0]).input_ids[max(map(len, ys)) - context :]
-        return score_reward(model, pack([x], [ys], model.device))[0]
-    rows = tokenizer(prompts, responses, padding=True, truncation=True, max_length=context,
-                     return_tensors="pt")
-    return model(**rows.to(model.device)).logits[:, 0]
-
-def load_reward(run, source, n, P, R, prior):
+def load_reward(run, source, prior, R):
     """What gives a batch its rewards (B, n): a reward model, or the function of FILE.py."""
     if source.endswith(".py"):
         with explain(source):
             reward = runpy.run_path(source).get("reward")
             refuse_if(not callable(reward), "it has no reward(prompts, responses, references)")
         return partial(judge_texts, reward, run.tokenizer)
-
     model, own = load(run, AutoModelForSequenceClassification, source)
-    ways = [(tokenizer.get_vocab(), tokenizer.eos_token, tokenizer(TURN).input_ids)
-            for tokenizer in (own, run.tokenizer)]
+    ways = [(t.get_vocab(), t.eos_token, t(TURN).input_ids) for t in (own, run.tokenizer)]
     V, known = (m.get_input_embeddings().num_embeddings for m in (prior, model))
-    if ways[0] == ways[1] and V <= known and hasattr(model, "score"):  # it reads the prior's ids
-        check_model(model, n, P, R)
-        return partial(score_reward, freeze(model, run.dtype))
-    if hasattr(model, "score"):  # it reads texts, cut to its context
-        check_model(model, n, min(P, context_of(model) // 2), min(R, context_of(model) // 2))
-    long = [TURN * (P + R)]
-    with explain(f"{source} cannot score long texts"):
-        reward_by_model(model, own, long, long, None)
-    return partial(judge_texts, partial(reward_by_model, freeze(model, run.dtype), own),
-                   run.tokenizer)
+    refuse_if(ways[0] != ways[1] or V > known or not hasattr(model, "score"),
+              f"{source} does not read the prior's tokens: ask it in a FILE.py (see README)")
+    check_model(run.cfg, model, R)
+    return partial(score_reward, freeze(model, run.dtype))
 
 # ---- A run: its folder, its one state file, its guards ------------------------------------------
-
-STAGES = ("sft", "reward", "brain")
-BEFORE = {"lock", "metrics.jsonl", "metrics.jsonl.part", "state.pt.part"}  # no state yet
-LEFT = ("report.md", "samples.jsonl", "metrics.jsonl", "config.json", "state.pt", "result.json",
-        "prior", "reward", "policy")  # by a run
+BEFORE = {"lock", "metrics.jsonl", "metrics.jsonl.part", "state.pt.part"}  # the first state
+LEFT = ("report.md", "samples.jsonl", "result.json", "state.pt", "prior", "reward", "policy")
 FREE = ("data_dir", "save_every", "micro_batch_tokens", "out", "overwrite")  # may be changed
 
 class Run:
-    """What the stages share, and the folder, which one process holds at a time.
-
-    Draws are keyed by (seed, stage, step) and states saved between refreshes: stage, step, weights
-    and optimizer are all that a killed run needs to continue, bit for bit.
-    """
+    """What the stages share, and the folder, which one process holds. As draws are keyed by (seed,
+    stage, step), a killed run needs stage, step, weights and optimizer to continue, bit for bit."""
 
     def __init__(self, cfg):
         cuda = torch.cuda.is_available() and cfg.device != "cpu"
         refuse_if(cfg.device == "cuda" and not cuda, "there is no CUDA GPU; or give --device cpu")
         torch.backends.cuda.enable_cudnn_sdp(False)  # 0.1 to 3 s for each new shape on an H200
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see run_losses
         torch.backends.cuda.matmul.allow_tf32 = False  # the start check is exact
-        self.device, self.out = "cuda" if cuda else "cpu", Path(cfg.out)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see run_losses
+        self.device = "cuda" if cuda else "cpu"
         self.dtype = torch.bfloat16 if cuda else torch.float32  # of frozen matrices and of compute
         self.autocast = partial(torch.autocast, self.device, torch.bfloat16, cuda)
-        self.cfg = replace(cfg, device=self.device)
-        self.tokenizer = self.reward = None
+        self.cfg, self.out = replace(cfg, device=self.device), Path(cfg.out)
+        self.where = torch.cuda.get_device_name() if cuda else "cpu"  # later stage and step
+        self.tokenizer = self.reward = None  # see prepare
         self.state = {"stage": "sft", "step": 0, "metrics": ""}
-        self.where = torch.cuda.get_device_name() if cuda else "cpu"  # later stage and step, too
-
         with explain(f"--out {self.out}"):
             self.claim()
-        print("{}: {} from stage {stage}, step {step}".format(self.where, self.out, **self.state))
-
-    @property
-    def done(self):
-        """How many of the stages have ended."""
-        return STAGES.index(self.state["stage"])
+        print(f"{self.where}: {self.out}, stage {self.state['stage']}, step {self.state['step']}")
 
     def claim(self):
         """Lock the folder until this process ends, and continue what it holds, or Stop."""
@@ -721,27 +555,25 @@ class Run:
             refuse_if(inside, f"--{name} lies inside it")
         out.mkdir(parents=True, exist_ok=True)
         found = set() if cfg.overwrite else {*os.listdir(out)} - BEFORE
-        refuse_if(found and "state.pt" not in found,
-                  "it is not empty and holds no run; --overwrite replaces one")
+        refuse_if(found and "state.pt" not in found, "it holds no run; --overwrite replaces it")
+
         self.lock = open(out / "lock", "a+")
         with explain(f"process {(out / 'lock').read_text()} is running there"):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (out / "lock").write_text(str(os.getpid()))
-
         if found:
             with explain("its run cannot be continued; --overwrite starts afresh, or give another "
                          "--out, with copies of its prior/ and reward/ as --prior and --reward"):
-                self.resume()
+                self.state = torch.load(out / "state.pt", "cpu", weights_only=True)
+                now, old = asdict(cfg), self.state["config"]
+                changed = [f"{key} was {old.get(key)}, is {now[key]}" for key in now
+                           if key not in FREE and old.get(key) != now[key]]
+                refuse_if(changed, "; ".join(changed))
+                torch.set_num_threads(self.state["threads"])  # sums depend on it
 
-    def resume(self):
-        """Continue the run in the folder, if it is this configuration's."""
-        self.state = torch.load(self.out / "state.pt", "cpu", weights_only=True)
-        refuse_if(self.state.get("stage") not in STAGES, "its state.pt is another program's")
-        now, old = asdict(self.cfg), self.state["config"]
-        changed = [f"{key} was {old.get(key)}, is {now[key]}" for key in now
-                   if key not in FREE and old.get(key) != now[key]]
-        refuse_if(changed, "; ".join(changed))
-        torch.set_num_threads(self.state["threads"])  # sums depend on it
+    def start(self, stage):
+        """The step of a stage from which the run continues."""
+        return self.state["step"] if self.state["stage"] == stage else 0
 
     def begin(self, parameters):
         """The folder is this configuration's from here on: models and data are found good."""
@@ -796,26 +628,22 @@ class Run:
     def require(self, fine, what, batch):
         """Stop where a number is not fine (b, …), and name its prompt."""
         if not fine.all():
-            prompt = batch.prompts[fine.flatten(1).all(1).int().argmin()]
-            said = f"{what}; prompt …{self.tokenizer.decode(prompt)[-60:]!r}"
-            raise Guard(f"{self.where}: {said}; the last state is kept")
+            text = self.tokenizer.decode(batch.prompts[fine.flatten(1).all(1).int().argmin()])
+            raise Guard(f"{self.where}: {what}; prompt …{text[-60:]!r}; the last state is kept")
 
 # ---- Training: one loop, three losses: of one branch (sft), two (reward model) and n (BRAIn) ----
-
 REPORTED = ("reward", "raw_reward", "eos_share", "response_tokens")  # of each response
-SAMPLING = 8  # times the micro-batch: sampling keeps no activations, and a pass costs the same
 
 def make_generator(*key):
     """A generator that its key decides: (seed, stage, step, …)."""
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
 
-def shuffled(examples, start, *key):
-    """Yields the examples from the start-th on, without end, shuffled anew in each epoch."""
-    epoch, start = divmod(start, len(examples))
-    for turn in itertools.count(epoch):
-        order = torch.randperm(len(examples), generator=make_generator(*key, turn)).tolist()
-        yield from (examples[i] for i in order[start:])
-        start = 0
+def take(examples, first, count, *key):
+    """So many of the examples from the first-th on: shuffled, and anew in each epoch."""
+    N = len(examples)
+    epochs = range(first // N, (first + count - 1) // N + 1)
+    order = torch.cat([torch.randperm(N, generator=make_generator(*key, i)) for i in epochs])
+    return [examples[i] for i in order[first % N :][:count]]
 
 def batch_size(run, prompts, branch_tokens):
     """Prompts to a micro-batch; V logits take the memory of V/2¹⁶ tokens more."""
@@ -824,23 +652,22 @@ def batch_size(run, prompts, branch_tokens):
 
 def micro_batches(run, examples, responses, **scores):
     """Batches of n responses to each of the examples, sorted by the prompts' lengths."""
-    prompts = encode_prompts(run.tokenizer, examples)
+    prompts = run.tokenizer([example.prompt for example in examples]).input_ids
     longest = max(map(len, itertools.chain(*responses)))
     size = batch_size(run, prompts, len(responses[0]) * longest)
     order = torch.tensor([len(x) for x in prompts]).argsort(stable=True)
     batches = []
     for part in order.split(size):
         batch = pack([prompts[i] for i in part], [responses[i] for i in part], run.device)
-        batch.examples.extend(examples[i] for i in part)
-        batch.scores.update({name: values[part] for name, values in scores.items()})
-        batches.append(batch)
+        batches.append(batch._replace(examples=[examples[i] for i in part],
+                                      scores={name: x[part] for name, x in scores.items()}))
     return batches
 
 def text_batches(run, examples, columns, limit):
     """Batches of given texts, a branch for each of the columns."""
-    ids = [encode_responses(run.tokenizer, [getattr(e, name) for e in examples], limit)
-           for name in columns]
-    return micro_batches(run, examples, list(map(list, zip(*ids, strict=True))))
+    texts, n = [getattr(e, name) for e in examples for name in columns], len(columns)
+    ids = encode_responses(run.tokenizer, texts, limit)
+    return micro_batches(run, examples, [ids[i : i + n] for i in range(0, len(ids), n)])
 
 def merge(found):
     """Dictionaries of (b, …) to one of (B, …)."""
@@ -851,24 +678,25 @@ def judge(run, batch):
     eos = (batch.branch[..., 1:] == run.tokenizer.eos_token_id).any(-1).float()  # (b, n)
     with run.autocast(), torch.no_grad():
         raw = run.reward(batch)  # (b, n)
-
-    batch.scores.update(
-        reward=raw - run.cfg.missing_eos_penalty * (1 - eos), raw_reward=raw, eos_share=eos,
-        response_tokens=batch.length.float())
+    run.require(raw.isfinite(), "a reward is not finite", batch)
+    batch.scores.update(reward=raw - run.cfg.missing_eos_penalty * (1 - eos), raw_reward=raw,
+                        eos_share=eos, response_tokens=batch.length.float())
 
 @torch.no_grad()
 def score(run, model, batch):
     """log q(y|x) of each response, (b, n), as in training."""
     with run.autocast():
-        return sequence_log_prob(model, batch, run.cfg.temperature)
+        found = sequence_log_prob(model, batch, run.cfg.temperature)
+    run.require(found.isfinite(), "a log-probability is not finite", batch)
+    return found
 
 def sample_batches(run, models, name, examples, n, generators, size):
     """3.1 Sample n responses to each of the examples from models[name], with a generator each;
     3.2 score them, in the micro-batches and the autocast of 3.4: log q_θ − log q′ begins at
     exactly 0. Returns the micro-batches of each `size` of the examples, a step's."""
-    cfg, prompts = run.cfg, encode_prompts(run.tokenizer, examples)
-    responses, log_q, steps = [], torch.empty(0, n, device=run.device), []
-    many = SAMPLING * batch_size(run, prompts, n * cfg.max_response_tokens)
+    cfg, responses, log_q, steps = run.cfg, [], [], []
+    prompts = run.tokenizer([example.prompt for example in examples]).input_ids
+    many = 8 * batch_size(run, prompts, n * cfg.max_response_tokens)  # it keeps no activations
     for first in range(0, len(prompts), many):
         part = slice(first, first + many)
         with run.autocast():
@@ -876,17 +704,16 @@ def sample_batches(run, models, name, examples, n, generators, size):
                              eos_id=run.tokenizer.eos_token_id, temperature=cfg.temperature,
                              generator=generators[part])
         responses += ys
-        log_q = torch.cat([log_q, log])
+        log_q += log
     for first in range(0, len(prompts), size):
         part = slice(first, first + size)
-        steps.append(micro_batches(run, examples[part], responses[part], log_q=log_q[part]))
+        log = torch.stack(log_q[part])
+        steps.append(micro_batches(run, examples[part], responses[part], log_q=log))
 
     for batch in itertools.chain(*steps):
         judge(run, batch)
         batch.scores["log_prior"] = score(run, models["prior"], batch)
         batch.scores["log_proposal"] = score(run, models[name], batch)
-        for score_name, values in batch.scores.items():
-            run.require(values.isfinite(), f"{score_name} is not finite", batch)
         check_sampler(run, batch)
     return steps
 
@@ -906,65 +733,48 @@ def sft_loss(cfg, model, batch):
 
 def preference_loss(cfg, model, batch):
     """−log P(chosen ≻ rejected), (b,), and the share of pairs ordered right."""
-    reward = score_reward(model, batch)  # (b, 2), the chosen one first
-    return bradley_terry_loss(*reward.T), {"accuracy": preference(reward[:, :1], reward[:, 1:])}
+    chosen, rejected = score_reward(model, batch).T  # (b,) each
+    return bradley_terry_loss(chosen, rejected), {"accuracy": (chosen > rejected).float()}
 
 def policy_loss(cfg, model, batch):
     """3.3 Weigh the samples: BRAIn's loss, (b,), and what to watch (README, "Metrics")."""
     log_policy = sequence_log_prob(model, batch, cfg.temperature)  # (b, n), as all of these
-    log_prior, log_proposal, reward = (
-        batch.scores[name] for name in ("log_prior", "log_proposal", "reward"))
-    loss, (alpha, beta) = brain_loss(
-        log_policy, log_prior, log_proposal, reward, cfg.kl_coef, target=cfg.target,
-        baseline=cfg.baseline, divergence=cfg.divergence)
-
-    rho = log_policy.detach() - log_proposal  # (b, n)
+    log_prior, log_proposal, reward = map(batch.scores.get, ("log_prior", "log_proposal", "reward"))
+    loss, (alpha, beta) = brain_loss(log_policy, log_prior, log_proposal, reward, cfg.kl_coef,
+                                     target=cfg.target, baseline=cfg.baseline,
+                                     divergence=cfg.divergence)
     moved = log_proposal - log_prior  # (b, n) at step 0, what rounding makes of 0
     return loss, {name: batch.scores[name].mean(-1) for name in REPORTED} | {
         "ess_alpha": effective_sample_size(alpha), "ess_beta": effective_sample_size(beta),
         "reward_spread": reward.std(-1) / cfg.kl_coef,
         "kl_to_prior": (beta * (log_policy.detach() - log_prior)).sum(-1),  # β̂: policy's shares
-        "refresh_kl": moved.mean(-1), "refresh_kl_sd": moved.std(-1),
-        "log_ratio_min": rho.amin(-1), "log_ratio_max": rho.amax(-1)}
+        "refresh_kl": moved.mean(-1), "refresh_kl_sd": moved.std(-1)}
 
-def run_losses(run, model, batches, loss_of, train):
-    """The one micro-batch driver: loss and metrics over all prompts; to train, the gradient.
-
-    On CUDA its sums are in one order, for 8 % more time, so that a killed run ends as another.
-    """
+def run_losses(run, model, batches, loss_of):
+    """The one micro-batch driver: the gradient of the mean loss over all prompts, and metrics."""
     found, total = [], sum(len(batch.prompt) for batch in batches)
-    torch.use_deterministic_algorithms(train and run.device == "cuda")
+    torch.use_deterministic_algorithms(run.device == "cuda")  # for exact resume; 8 % slower
     for batch in batches:
-        with run.autocast(), torch.set_grad_enabled(train):
+        with run.autocast():
             loss, metrics = loss_of(run.cfg, model, batch)  # (b,)
         run.require(loss.isfinite()[:, None], "the loss is not finite", batch)
-        if train:
-            (loss.sum() / total).backward()  # adds up to the gradient of the mean over all
+        (loss.sum() / total).backward()  # adds up to the gradient of the mean over all
         found.append({"loss": loss.detach(), **metrics})
     torch.use_deterministic_algorithms(False)
-    reduce = {"log_ratio_min": torch.min, "log_ratio_max": torch.max}
-    return {k: reduce.get(k, torch.mean)(x).item() for k, x in merge(found).items()}
+    return {name: values.mean().item() for name, values in merge(found).items()}
 
-def fit(run, stage, model, steps, lr, every, steps_from, loss_of):
-    """The one training loop: a stage, unless it is done, from the last state to its export.
-
-    steps_from(step) yields micro-batches and metrics; a state is saved `every` so many steps.
-    """
-    if run.done > STAGES.index(stage):
-        return
+def fit(run, stage, model, steps, lr, every, drawn, loss_of):
+    """The one training loop: a stage, with the micro-batches and metrics `drawn` for each step."""
     optimizer = torch.optim.AdamW(model.requires_grad_().parameters(), eps=1e-5, weight_decay=0)
-    start = run.state["step"] if run.state["stage"] == stage else 0
-    if start:
+    if start := run.start(stage):
         model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
-    run.state = {"stage": stage}  # its memory is free again
-
-    drawn = steps_from(start)
+        run.state = {"stage": stage, "step": start}  # its memory is free again
     for step in (bar := tqdm(range(start, steps), stage, steps, initial=start, disable=None)):
-        run.where = f"{stage}, step {step}"
+        run.where, began = f"{stage}, step {step}", time.time()
         batches, metrics = next(drawn)
-        began, rate = time.perf_counter(), lr * (1 - step / steps)  # falls linearly to 0
-        metrics |= run_losses(run, model, batches, loss_of, train=True)
+        sampled, rate = time.time(), lr * (1 - step / steps)  # the rate falls linearly to 0
+        metrics |= run_losses(run, model, batches, loss_of)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.cfg.max_grad_norm)
         run.require(norm.isfinite().view(1, 1), "the step's gradient is not finite", batches[0])
         optimizer.param_groups[0]["lr"] = rate
@@ -972,7 +782,7 @@ def fit(run, stage, model, steps, lr, every, steps_from, loss_of):
         optimizer.zero_grad()
 
         metrics |= {"gradient_norm": norm.item(), "learning_rate": rate,
-                    "seconds_stepping": time.perf_counter() - began,
+                    "seconds_sampling": sampled - began, "seconds_stepping": time.time() - sampled,
                     "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
         bar.set_postfix(loss=metrics["loss"])
         with open(run.out / "metrics.jsonl", "a") as file:
@@ -981,37 +791,27 @@ def fit(run, stage, model, steps, lr, every, steps_from, loss_of):
             run.save(stage, step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
     run.export(model.requires_grad_(False), {"sft": "prior", "brain": "policy"}.get(stage, stage))
 
-def text_steps(run, stage, examples, columns, limit, size, start):
-    """Yields the batches of each step of stage 1 or 2, and no metrics."""
-    drawn = shuffled(examples, start * size, run.cfg.seed, stage)
-    while True:
-        yield text_batches(run, list(islice(drawn, size)), columns, limit), {}
+def fit_texts(run, stage, model, loss_of, examples, columns, limit, size, epochs, lr):
+    """Stage 1 or 2: a loss of the examples' texts of these columns."""
+    examples = [row for row in examples if getattr(row, columns[0]) is not None]
+    steps = math.ceil(epochs * len(examples) / size)
+    parts = (take(examples, i * size, size, run.cfg.seed, stage)
+             for i in range(run.start(stage), steps))
+    drawn = ((text_batches(run, part, columns, limit), {}) for part in parts)
+    fit(run, stage, model, steps, lr, run.cfg.save_every, drawn, loss_of)
 
-def fit_texts(run, stage, model, loss_of, columns, limit, size, epochs, lr, train, test):
-    """Stage 1 or 2, if it is still to do; then the mean loss and metrics of held-out texts."""
-    train, test = (with_text(examples, columns[0]) for examples in (train, test))
-    steps = math.ceil(epochs * len(train) / size)
-    steps_from = partial(text_steps, run, stage, train, columns, limit, size)
-    fit(run, stage, model, steps, lr, run.cfg.save_every, steps_from, loss_of)
-    batches = text_batches(run, test[: run.cfg.eval_prompts], columns, limit)
-    return run_losses(run, model, batches, loss_of, train=False)
-
-def brain_steps(run, models, examples, listed, start):
+def brain_steps(run, models, examples, listed):
     """Yields the batches and metrics of a step of stage 3; a refresh's steps are sampled first."""
     cfg, size = run.cfg, run.cfg.prompts_per_step
     turns = cfg.prompts_per_refresh // size  # steps a refresh
     name = "policy" if cfg.proposal == "lagged" else "prior"
-    drawn = shuffled(examples, start * size, cfg.seed, "brain")
-    for refresh in itertools.count(start // turns):
-        began, part = time.perf_counter(), list(islice(drawn, size * turns))
-        generators = [make_generator(cfg.seed, "brain", refresh, first, i)
-                      for first in range(0, len(part), size) for i in range(size)]
+    for refresh in itertools.count(run.start("brain") // turns):
+        part = take(examples, refresh * size * turns, size * turns, cfg.seed, "brain")
+        generators = [make_generator(cfg.seed, "brain", refresh, i - i % size, i % size)
+                      for i in range(len(part))]
         steps = sample_batches(run, models, name, part, cfg.samples_per_prompt, generators, size)
-        spread = merge([batch.scores for batch in steps[0]])["reward"].std(-1).mean()
-        if refresh == 0 and spread > 5 * cfg.kl_coef:
-            tqdm.write("warning: rewards spread by over 5 kl_coef: raise it, this is nearly argmax")
 
-        metrics = {"seconds_sampling": time.perf_counter() - began}
+        metrics = {}
         if listed and refresh % max(1, cfg.steps // turns // 5) == 0:
             metrics["kl_to_posterior"] = exact_kl(run, models["policy"], listed)
             tqdm.write(f"{run.where}: exact KL {metrics['kl_to_posterior']:.3f} nats")
@@ -1020,28 +820,15 @@ def brain_steps(run, models, examples, listed, start):
             metrics = {}
 
 # ---- Evaluation and report ----------------------------------------------------------------------
-
-def preference(a, b):
-    """The share of pairs that a wins, ties counting half, per prompt: (P, m) and (P, k) to (P,)."""
-    return (1 + (a[:, :, None] - b[:, None]).sign().mean((1, 2))) / 2
-
 def win_rate(wins):
-    """Win rate and 95 % interval of shares (P ≥ 3,): Wilson's (1927) at the number of independent
-    trials with the same error, with Student's t (Korn and Graubard, 1998)."""
+    """Win rate and 95 % interval of shares (P ≥ 3,): Wilson's, of as many trials as err as much."""
     rate, spread, P = wins.mean().item(), wins.var(correction=0).item(), len(wins)
-    most, interval = rate * (1 - rate), []  # most: the spread if each prompt is won or lost whole
-
-    for sign in (-1, 1):
-        # Few prompts near 0 or 1 may look alike for want of a rare kind, which would draw the rate
-        # towards ½: at that end `spread` yields to `most`, by `luck`, at the other end the less
-        # the further from ½. By simulation: less covers too rarely, more is too wide.
-        luck = 0.0188 / P * (max(4 * most, 0.01) ** 4 if sign * (rate - 0.5) > 0 else 1)
-        trials = (P - 1) * (most**2 + luck) / (most * spread + luck)  # ≈ (P − 1)·most/spread
-        trials = min(trials, 64 * P)  # however alike
-        pull = 1.92 * math.exp(2.42 / (P - 1.5)) / trials  # t²/(2 trials); 1.92 = 1.96²/2
-        half = math.sqrt(pull * (pull + 2 * most))
-        interval.append((rate + pull + sign * half) / (1 + 2 * pull))
-    return rate, interval
+    most = rate * (1 - rate)  # the spread if each prompt is won or lost whole
+    luck = 0.014 / P  # near 0 or 1 few prompts may look alike for want of a rare kind: trust `most`
+    trials = min((P - 1) * (most**2 + luck) / (most * spread + luck), 64 * P)  # ≈ P·most/spread
+    pull = 1.92 * math.exp(2.42 / (P - 1.5)) / trials  # t²/(2 trials): Korn and Graubard (1998)
+    half = math.sqrt(pull * (pull + 2 * most))
+    return rate, [(rate + pull - half) / (1 + 2 * pull), (rate + pull + half) / (1 + 2 * pull)]
 
 def enumerate_posterior(run, prior, examples):
     """Where Y can be listed (toy): batches of all of it, which know log p(y|x, G=1)."""
@@ -1069,67 +856,45 @@ def exact_kl(run, model, batches):
 def evaluate(run, models, examples):
     """Stage 4: a row of figures for each model, and all samples with their rewards."""
     cfg, P = run.cfg, len(examples)
-    rows, rewards, samples, known = {}, {}, [], {}
-    for name in ("prior", "policy", "reference"):
-        if name in models:
-            generators = [make_generator(cfg.seed, "eval", name, i) for i in range(P)]
-            batches, = sample_batches(run, models, name, examples, cfg.eval_samples, generators, P)
-        elif len(with_text(examples, name)) == P:
-            limit = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
-            batches = text_batches(run, examples, (name,), limit)
-            for batch in batches:
-                judge(run, batch)
-        else:
-            break
-
+    rows, samples, known = {}, [], {}
+    for name in models:
+        generators = [make_generator(cfg.seed, "eval", name, i) for i in range(P)]
+        batches, = sample_batches(run, models, name, examples, cfg.eval_samples, generators, P)
         found = merge([batch.scores for batch in batches])  # (P, m) each
-        rows[name] = {key: found[key].mean().item() for key in REPORTED}
-        if name in models:
-            ratio = (found["log_proposal"] - found["log_prior"]).mean(-1)  # (P,), q's own samples
-            rows[name]["kl_to_prior"] = ratio.mean().item()
-            rows[name]["kl_to_prior_se"] = ratio.std().item() / math.sqrt(P)
+        ratio = (found["log_proposal"] - found["log_prior"]).mean(-1)  # (P,), q's own samples
+        rows[name] = {key: found[key].mean().item() for key in REPORTED} | {
+            "kl_to_prior": ratio.mean().item(), "kl_to_prior_se": ratio.std().item() / math.sqrt(P)}
         for batch in batches:
             scored = batch.examples, batch.responses, batch.scores["reward"].tolist()
             for example, ys, worth in zip(*scored, strict=True):
-                worth = [known.setdefault((example.prompt, *y), r)  # equal ids tie
-                         for y, r in zip(ys, worth, strict=True)]
-                samples.append(dict(prompt=example.prompt, model=name, rewards=worth,
+                keys = [(example.prompt, *y) for y in ys]  # equal ids have equal rewards
+                samples.append(dict(prompt=example.prompt, model=name,
+                                    rewards=[*map(known.setdefault, keys, worth)],
                                     responses=run.tokenizer.batch_decode(ys)))
-        rewards[name] = torch.tensor([row["rewards"] for row in samples[-P:]])  # (P, m)
 
-    for name, other in itertools.permutations(rewards, 2):
-        key, wins = f"win_rate_vs_{other}", preference(rewards[name], rewards[other])
-        rows[name][key], rows[name][f"{key}_ci"] = win_rate(wins)
+    prior, policy = torch.tensor([row["rewards"] for row in samples]).chunk(2)  # (P, m) each
+    wins = (1 + (policy[:, :, None] - prior[:, None]).sign().mean((1, 2))) / 2  # (P,), ties half
+    rows["policy"]["win_rate_vs_prior"], rows["policy"]["win_rate_vs_prior_ci"] = win_rate(wins)
     return rows, samples
 
-def report(run, rows, samples, notes):
-    """samples.jsonl, and report.md: what was run, a table and samples; also printed."""
-    table = ["| | reward | wins against the prior | against the reference | KL to the prior, nats |"
-             " share that ends | tokens |", "|---" * 7 + "|"]
-    for name, row in rows.items():
-        cells = []
-        for form in ("{reward:.3f}",
-                     "{win_rate_vs_prior:.3f} [{win_rate_vs_prior_ci[0]:.3f}, "
-                     "{win_rate_vs_prior_ci[1]:.3f}]",
-                     "{win_rate_vs_reference:.3f} [{win_rate_vs_reference_ci[0]:.3f}, "
-                     "{win_rate_vs_reference_ci[1]:.3f}]",
-                     "{kl_to_prior:.3f} ± {kl_to_prior_se:.3f}", "{eos_share:.3f}",
-                     "{response_tokens:.1f}"):
-            known = all(key in row for key in re.findall(r"{(\w+)", form))
-            cells.append(form.format(**row) if known else "")
-        table.append(f"| {name} | {' | '.join(cells)} |")
-    shown = []
-    for sample in samples[:: math.ceil(len(samples) / 9)]:
-        prompt, response = sample["prompt"][-100:], sample["responses"][0]
-        shown.append(f"- {sample['model']}: `{prompt!r}` → `{response!r}`")
+def rounded(figures, digits):
+    """Figures with so many digits after the point."""
+    return json.loads(json.dumps(figures), parse_float=lambda x: round(float(x), digits))
 
-    text = [f"# BRAIn on {run.cfg.task}", "", *notes, "", *table, "", "## Samples", "", *shown, ""]
-    run.write("report.md", "\n".join(text))
+def report(run, result, rows, samples):
+    """result.json, samples.jsonl and report.md: what was run, samples, a table; also printed."""
+    text = [f"# BRAIn on {run.cfg.task}", "", f"{run.cfg}", ""]
+    for row in samples[:: math.ceil(len(samples) / 9)]:
+        text.append(f"- {row['model']}: `{row['prompt'][-100:]!r}` → `{row['responses'][0]!r}`")
+    prior, policy = rounded(rows, 3).values()
+    text += ["", "| | prior | policy |", "|---|---|---|"]
+    text += [f"| {key} | {prior.get(key, '')} | {policy[key]} |" for key in policy]
+    run.write("report.md", "\n".join(text) + "\n")
     run.write("samples.jsonl", "".join(f"{json.dumps(sample)}\n" for sample in samples))
-    print(*shown, "", *notes, "", *table, f"see {run.out / 'report.md'}", sep="\n")
+    run.write("result.json", json.dumps(result | {"config": asdict(run.cfg)}))
+    print(*text, f"see {run.out / 'report.md'}", json.dumps(result), sep="\n")
 
 # ---- Derivation checks: brain_loss and autograd on one side, the equations on the other ---------
-
 Check = namedtuple("Check", "name claim error tolerance ok")  # error: largest absolute difference
 
 def shares(x):
@@ -1150,7 +915,6 @@ def check_baselines(q, p, q1, r, kl_coef):
 
 def check_dpo(q, p, q1, r, kl_coef):
     """argmax of two samples of the prior is DPO-sft: the gradient of −log σ(Δ log(q_θ/p))"""
-    q, p, r = q[:, :2], p[:, :2], r[:, :2]
     sign = (r - r.flip(-1)).sign()  # +1 chosen, −1 rejected
     delta = (sign * (q - p)).sum(-1, keepdim=True)  # Δ log(q_θ/p)
     slope = -sign / (1 + delta.exp())  # ∓σ(−Δ)
@@ -1167,116 +931,93 @@ def derivation_checks() -> list[Check]:
     """What the method rests on, in float64; right-hand sides in nothing but exp, log and sums."""
     drawn = torch.randn(4, 3, 5, dtype=torch.float64, generator=make_generator("checks"))
     return [Check(name, claim.__doc__, error, 1e-12, error <= 1e-12)
-            for claim in (check_baselines, check_dpo, check_policy_gradient)
-            for name, error in claim(*drawn, 0.7).items()]
+            for claim, n in ((check_baselines, 5), (check_dpo, 2), (check_policy_gradient, 5))
+            for name, error in claim(*drawn[..., :n], 0.7).items()]
 
 # ---- The stages, from data to report ------------------------------------------------------------
-
-def toy_model():
+def toy_model(run):
     """A GPT-NeoX that knows nothing yet, and a tokenizer of 10 words."""
     words = ["<eos>", TLDR.strip(), *KEYS, *FILLERS]
     vocabulary = {word: i for i, word in enumerate(words)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<eos>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()  # one token a word
-    config = transformers.GPTNeoXConfig(
-        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=256, max_position_embeddings=32, bos_token_id=0, eos_token_id=0)
+    shape = transformers.GPTNeoXConfig(vocab_size=len(words), hidden_size=64, intermediate_size=256,
+                                       num_hidden_layers=2, num_attention_heads=4, eos_token_id=0)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-    return AutoModelForCausalLM.from_config(config), tokenizer
+    return ready(run, AutoModelForCausalLM.from_config(shape), tokenizer), tokenizer
 
 def new_reward_model(run, prior):
-    """The prior with a fresh head of one number in place of its own."""
+    """A fresh head of one number on the prior's own body, which it shares."""
     config = copy.deepcopy(prior.config)
     config.num_labels = 1
     with explain(f"no reward model can be made of {config.model_type}; give --reward"):
         model = AutoModelForSequenceClassification.from_config(config)
         refuse_if(not hasattr(model, "score"), "its head is no score")
-        model.base_model.load_state_dict(prior.base_model.state_dict())
+        setattr(model, model.base_model_prefix, prior.base_model)
         return ready(run, model, run.tokenizer)
 
 def prepare(run):
     """Models and data, all read and found good before anything is written to the run's folder."""
-    cfg, P = run.cfg, run.cfg.max_prompt_tokens
-    n = 4 * math.ceil(max(cfg.samples_per_prompt, cfg.eval_samples) / 4)  # so the widest row is
-    longest, reward = max(cfg.max_response_tokens, cfg.max_comparison_tokens), None
+    cfg, stage, reward = run.cfg, run.state["stage"], None
+    longest = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
     torch.manual_seed(cfg.seed)  # decides what is not read from a file
-    source = cfg.prior or (str(run.out / "prior") if run.done > 0 else cfg.base)
-    prior, run.tokenizer = load(run, AutoModelForCausalLM, source) if source else toy_model()
-    prior = prior if source else ready(run, prior, run.tokenizer)
-    check_model(prior, n, P, cfg.max_response_tokens)
-
-    if cfg.reward:
-        run.reward = load_reward(run, cfg.reward, n, P, longest, prior)
+    source = cfg.prior or (cfg.base if stage == "sft" else f"{run.out}/prior")
+    prior, run.tokenizer = load(run, AutoModelForCausalLM, source) if source else toy_model(run)
+    check_model(cfg, prior, cfg.max_response_tokens)
+    if source := cfg.reward or (stage == "brain" and f"{run.out}/reward"):
+        run.reward = load_reward(run, source, prior, longest)
     else:
-        reward = new_reward_model(run, prior) if run.done < 2 else load(
-            run, AutoModelForSequenceClassification, str(run.out / "reward"))[0]
-        check_model(reward, n, P, longest)
+        reward = new_reward_model(run, prior)
+        check_model(cfg, reward, longest)
         run.reward = partial(score_reward, reward)
 
     train, test = (load_task(cfg, part, run.tokenizer) for part in ("train", "test"))
     for name, text in ("prior", "reference"), ("reward", "chosen"):
-        refuse_if(not (getattr(cfg, name) or (with_text(train, text) and with_text(test, text))),
-                  f"train or test has no row with a {text} text; add some, or give --{name}")
-    judge(run, text_batches(run, train[:1], ("prompt",) * n, longest)[0])  # tries a reward of texts
+        refuse_if(not getattr(cfg, name) and all(getattr(row, text) is None for row in train),
+                  f"train has no row with a {text} text; add some, or give --{name}")
+    judge(run, text_batches(run, train[:1], ("prompt",) * 2, longest)[0])  # tries a reward of texts
     run.begin(prior.num_parameters())
-    print(*(f"{name}={value}" for name, value in asdict(cfg).items()), flush=True)
+    print(cfg, flush=True)
     return prior, reward, train, test
 
 def execute(run):
-    """Stages 1 to 4; the figures of the last line."""
+    """Stages 1 to 4."""
     cfg, began = run.cfg, time.time()
     prior, reward, train, test = prepare(run)
-    defaults = asdict(Config()) | PRESETS[cfg.task]
-    hidden = "out", "device"
-    dials = {k: v for k, v in asdict(cfg).items() if v != defaults[k] and k not in hidden}
-    notes = [f"- {cfg.steps} steps on {run.where}; not as by default: {dials}"]
-    if not cfg.prior:  # stage 1
-        found = fit_texts(run, "sft", prior, sft_loss, ("reference",), cfg.max_response_tokens,
-                          cfg.sft_batch, cfg.sft_epochs, cfg.sft_lr, train, test)
-        notes += [f"- prior: {found['loss']:.3f} nats a token on held-out references"]
-    if not cfg.reward:  # stage 2
-        if run.done < 2:
-            reward.base_model.load_state_dict(prior.base_model.state_dict())
-        found = fit_texts(run, "reward", reward, preference_loss, ("chosen", "rejected"),
-                          cfg.max_comparison_tokens, cfg.reward_batch, cfg.reward_epochs,
-                          cfg.reward_lr, train, test)
-        notes += [f"- reward model: {found['accuracy']:.3f} of held-out pairs ordered right"]
+    if not cfg.prior and run.state["stage"] == "sft":  # stage 1
+        fit_texts(run, "sft", prior, sft_loss, train, ("reference",), cfg.max_response_tokens,
+                  cfg.sft_batch, cfg.sft_epochs, cfg.sft_lr)
+    if reward:  # stage 2
+        reward = copy.deepcopy(reward)  # of the prior as it is now
+        fit_texts(run, "reward", reward, preference_loss, train, ("chosen", "rejected"),
+                  cfg.max_comparison_tokens, cfg.reward_batch, cfg.reward_epochs, cfg.reward_lr)
         run.reward = partial(score_reward, freeze(reward, run.dtype))
 
     torch.backends.cuda.matmul.allow_tf32 = True  # fp32 heads: 10 bits of mantissa, bf16 has 7
     prior = freeze(prior, run.dtype)  # stage 3: the policy starts from the rounded matrices
     models = {"prior": prior, "policy": copy.deepcopy(prior).float()}
-    held_out = list(islice(shuffled(test, 0, cfg.seed, "eval"), min(cfg.eval_prompts, len(test))))
+    held_out = take(test, 0, min(cfg.eval_prompts, len(test)), cfg.seed, "eval")
     listed = enumerate_posterior(run, prior, held_out[:8])
     turns = cfg.prompts_per_refresh // cfg.prompts_per_step
     every = math.ceil(cfg.save_every / turns) * turns
-    steps_from = partial(brain_steps, run, models, train, listed)
-    fit(run, "brain", models["policy"], cfg.steps, cfg.lr, every, steps_from, policy_loss)
+    drawn = brain_steps(run, models, train, listed)
+    fit(run, "brain", models["policy"], cfg.steps, cfg.lr, every, drawn, policy_loss)
 
     run.where = "eval"  # stage 4
     freeze(models["policy"], run.dtype)
     rows, samples = evaluate(run, models, held_out)
-    notes += [f"- evaluation: {len(held_out)} held-out prompts × {cfg.eval_samples} samples, "
-              f"judged by {cfg.reward or 'the reward model that trained the policy'}"]
+    if listed:
+        rows["policy"]["kl_to_posterior_start"] = exact_kl(run, prior, listed)
+        rows["policy"]["kl_to_posterior_end"] = exact_kl(run, models["policy"], listed)
     result = {"task": cfg.task, "steps": cfg.steps, "seconds": time.time() - began}
     result |= {f"reward_{name}": row["reward"] for name, row in rows.items()}
     result |= {k: v for k, v in rows["policy"].items() if "reward" not in k}
-    if listed:
-        result["kl_to_posterior_start"] = exact_kl(run, prior, listed)
-        result["kl_to_posterior_end"] = exact_kl(run, models["policy"], listed)
-        notes += ["- exact KL(posterior ‖ policy): {kl_to_posterior_start:.3f} nats at the start, "
-                  "{kl_to_posterior_end:.3f} at the end".format(**result)]
-    report(run, rows, samples, notes)
-    result = json.loads(json.dumps(result), parse_float=lambda x: round(float(x), 6))
-    run.write("result.json", json.dumps(result | {"config": asdict(cfg)}))
-    return result
+    report(run, rounded(result, 6), rows, samples)
 
 def main(argv: list[str] | None = None) -> int:
     """0: done; 1: a check failed or a guard stopped the run; 2: bad input; 130: Ctrl-C."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading weights, and all of the hub's
-    utils.logging.set_verbosity_error()
-    sys.stdout = sys.stdout or open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):  # a terminal without UTF-8 stops nothing
         sys.stdout.reconfigure(errors="replace")
 
@@ -1289,23 +1030,20 @@ def main(argv: list[str] | None = None) -> int:
             return int(not all(check.ok for check in checks))
         run = Run(cfg)
         with run.lock:  # lets the folder go
-            print(json.dumps(execute(run)))
+            execute(run)
         return 0
     except SystemExit as stop:  # --help
         return int(stop.code != 0)
     except KeyboardInterrupt:
         status, message = 130, "stopped; the same command, less --overwrite, continues"
     except Stop as stop:
-        status, message = stop.status, stop
+        status, message = stop.status, str(stop)
     except Exception as error:
-        status, message = 1, "out of memory: repeat with a lower --micro_batch_tokens"
-        if not out_of_memory(error):
-            path = Path(tempfile.mkdtemp(), "error.txt")
-            path.write_text(traceback.format_exc(), encoding="utf-8")
-            message = f"{type(error).__name__}: {one_line(error)}; see {path}"
+        path = Path(tempfile.mkdtemp(), "error.txt")
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+        status, message = 1, f"{type(error).__name__}: {one_line(error)}; see {path}"
     print(f"brain.py: {message}", file=sys.stderr)
     return status
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -196,6 +196,11 @@ def lines_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
+def preference(a: Tensor, b: Tensor) -> Tensor:
+    """The share of pairs that a wins, ties counting half, per prompt: (P, m) and (P, k) to (P,)."""
+    return (1 + (a[:, :, None] - b[:, None]).sign().mean((1, 2))) / 2
+
+
 def metrics_of(out: Path, stage: str | None = None) -> list[dict]:
     """The same, all lines or those of a stage, without what may differ between equal runs."""
     free = ("seconds_", "tokens_", "peak_")
@@ -1251,7 +1256,8 @@ def family_verdict(model_type: str, counts=(1, 2, 4, 8), P: int = 23, R: int = 1
     rows, gaps, refusals = table_of(plain_score, row_model, prompts, responses), {}, {}
     for n in counts:
         try:
-            brain.check_model(copy.deepcopy(model), n, P, R)
+            run = SimpleNamespace(max_prompt_tokens=P, samples_per_prompt=n, eval_samples=1)
+            brain.check_model(run, copy.deepcopy(model), R)
         except brain.Stop as stop:
             refusals[n] = str(stop)
         except Exception as error:
@@ -1492,9 +1498,9 @@ def make_post(i: int, lines: list[str], **changes) -> dict:
 POSTS = {
     "train": [
         make_post(0, [say(30, 0).strip(), say(9, 1)]),
-        make_post(1, [say(60, f"line {k}") for k in range(20)]),  # too long, with newlines
-        make_post(2, [say(560, 2)]),  # too long, without
-        make_post(3, ["", say(40, 3), "", "", say(900, 3), ""]),  # the last cuts leave nothing
+        make_post(1, [say(60, f"line {k}") for k in range(20)]),  # too long
+        make_post(2, [say(560, 2)]),  # too long
+        make_post(3, ["", say(40, 3), "", "", say(380, 3), ""]),  # not too long
         make_post(4, ["Größe: 3 € – ‘naïve’ 犬と猫 🐕", say(12, 4)], title="Ünï “日本”"),
         *(make_post(i, [say(15 + i, i)]) for i in range(5, 24))],
     "test": [make_post(100 + i, [say(30, f"held out {i}")]) for i in range(7)]
@@ -1513,25 +1519,21 @@ def tldr_dir(tmp_path_factory):
     return write_tldr(tmp_path_factory.mktemp("tldr"), **POSTS)
 
 
-def openai_query(tokenizer, row: dict, limit: int) -> str:
-    """The published rule: cut the post at its last newline, else by a character, until it fits."""
-    post = row["post"]
-    while True:
-        query = (f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: {post}"
-                 "\n\nTL;DR:")
-        if len(tokenizer(query).input_ids) <= limit:
-            return query
-        post = post[: post.rindex("\n")] if "\n" in post else post[:-1]
+def openai_query(row: dict) -> str:
+    """The published template."""
+    return (f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: {row['post']}"
+            "\n\nTL;DR:")
 
 
 def expected_tldr(tokenizer, split: str, limit: int) -> list[tuple]:
-    """(prompt, reference) of the files of `tldr_dir`, in their order."""
-    return [(openai_query(tokenizer, row, limit), " " + row["summary"]) for row in POSTS[split]]
+    """(prompt, reference) of the files of `tldr_dir` that are not too long, in their order."""
+    rows = [(openai_query(row), " " + row["summary"]) for row in POSTS[split]]
+    return [row for row in rows if len(tokenizer(row[0]).input_ids) <= limit]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_tldr_rows_follow_the_published_rules(split, tldr_dir, tmp_path, capsys):
-    """Catches a wrong cut of long posts, a wrong template or trailing space, a doubled or missing
+    """Catches long posts let in, a wrong template or trailing space, a doubled or missing
     leading space, splits mixed up, and empty summaries let in or not counted."""
     tokenizer, folder = build_tokenizer(), tldr_dir
     if split == "train":  # an empty summary stands last
@@ -1540,13 +1542,12 @@ def test_tldr_rows_follow_the_published_rules(split, tldr_dir, tmp_path, capsys)
     examples = brain.load_task(cfg, split, tokenizer)
     expected = expected_tldr(tokenizer, split, 512)
     assert [tuple(e) for e in examples] == [(*row, None, None) for row in expected]
-    printed = re.findall(r"\d+", capsys.readouterr().out)
-    assert {str(len(expected)), *(["1"] if split == "train" else [])} <= set(printed)
-    lengths = [len(tokenizer(e.prompt).input_ids) for e in examples]
-    assert max(lengths) <= 512
-    assert max(lengths) > 400  # something was cut, and not to nothing
+    rows = len(POSTS[split]) + (split == "train")
+    assert f"{len(expected)} of {rows} rows" in capsys.readouterr().out
+    assert len(expected) == len(POSTS[split]) - {"train": 2, "test": 1}[split]
     if split == "train":
-        assert lengths[2] == 512 and "犬と猫 🐕" in examples[4].prompt
+        lengths = [len(tokenizer(e.prompt).input_ids) for e in examples]
+        assert 400 < lengths[1] <= 512 and "犬と猫 🐕" in examples[2].prompt
 
 
 TURN = "\n\nAssistant:"
@@ -1593,7 +1594,7 @@ def test_hh_rows_are_split_at_the_last_turn(tmp_path, capsys):
                     "--data_dir", tmp_path, "--max_prompt_tokens", "100")
     examples = brain.load_task(cfg, "train", build_tokenizer())
     assert [tuple(e) for e in examples] == [split_dialogue(row) for row in whole]
-    assert {"6", "4", "1"} <= set(re.findall(r"\d+", capsys.readouterr().out))
+    assert "6 of 11 rows" in capsys.readouterr().out
 
 
 def test_bos_stands_once_before_prompts_and_never_in_responses():
@@ -1604,7 +1605,10 @@ def test_bos_stands_once_before_prompts_and_never_in_responses():
         plain = tokenizer(" the cat can run .", add_special_tokens=False).input_ids
         assert 0 not in plain and 1 not in plain
         texts = [" the cat can run ."]
-        assert brain.encode_prompts(tokenizer, [brain.Example(*texts)]) == [start + plain]
+        run = SimpleNamespace(tokenizer=tokenizer, device="cpu", cfg=brain.Config())
+        with recorded("pack") as calls:
+            brain.text_batches(run, [brain.Example(*texts * 2)], ["reference"], len(plain) + 1)
+        assert calls[0][0][:2] == ([start + plain], [[plain + [0]]])
         assert brain.encode_responses(tokenizer, texts, len(plain) + 1) == [plain + [0]]
         assert brain.encode_responses(tokenizer, texts, len(plain)) == [plain]
         assert brain.encode_responses(tokenizer, texts, 2) == [plain[:2]]
@@ -1631,7 +1635,7 @@ class Files(http.server.BaseHTTPRequestHandler):
         if first:
             self.send_header("Content-Range", f"bytes {first}-{len(whole) - 1}/{len(whole)}")
         self.end_headers()
-        self.wfile.write(whole[first:] if body is None else body)
+        self.wfile.write(whole[first : self.server.short] if body is None else body)
 
     def log_message(self, *args):
         pass
@@ -1641,7 +1645,7 @@ class Files(http.server.BaseHTTPRequestHandler):
 def file_server():
     """The server; its address is in `url`."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files)
-    server.files, server.requests = {}, []
+    server.files, server.requests, server.short = {}, [], None
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -1650,9 +1654,9 @@ def file_server():
 
 
 @pytest.mark.parametrize("task", ["hh", "tldr"])
-def test_absent_files_are_fetched_and_resumed(task, file_server, tmp_path, monkeypatch, capsys):
-    """Catches a download that starts anew, that appends a whole file to a part, that keeps the
-    temporary name, that is not announced with its size, or that is made again."""
+def test_absent_files_are_fetched(task, file_server, tmp_path, monkeypatch, capsys):
+    """Catches a download that appends to what an earlier one left, that keeps the temporary name,
+    that is cut short, that is not announced, or that is made again."""
     if task == "hh":
         name, rows = "harmless-base/train.jsonl.gz", [make_dialogue(i) for i in range(40)]
         whole = gzip.compress("\n".join(map(json.dumps, rows)).encode())
@@ -1664,14 +1668,19 @@ def test_absent_files_are_fetched_and_resumed(task, file_server, tmp_path, monke
     part = tmp_path / f"{name}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(whole[:1000])  # an earlier run was stopped here
+    file_server.short = 500  # and at first this one's answer ends before its time, six times
     cfg = config_of("--task", task, "--prior", "p", "--reward", "r", "--data_dir", tmp_path,
                     *(["--hh_subsets", "harmless-base"] if task == "hh" else []))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(brain.Stop, match="cannot be fetched"):
+        brain.load_task(cfg, "train", build_tokenizer())
+    assert not (tmp_path / name).exists()
+    file_server.short = None
     examples = brain.load_task(cfg, "train", build_tokenizer())
     printed = capsys.readouterr().out
     assert len(examples) == len(rows) and (tmp_path / name).read_bytes() == whole
     assert not part.exists()
-    assert [r for r in file_server.requests if r[0] == "GET"] == [("GET", "/" + name, 1000)]
-    assert f"{file_server.url}/{name}" in printed and re.search(r"\d [kM]?B\b", printed)
+    assert f"fetching {file_server.url}/{name} to {tmp_path / name}" in printed
     before = len(file_server.requests)
     assert brain.load_task(cfg, "train", build_tokenizer()) == examples
     assert len(file_server.requests) == before
@@ -1698,7 +1707,7 @@ class Finished(NamedTuple):
         return metrics_of(self.folder, stage)
 
     def samples(self, model: str) -> list[dict]:
-        """The lines of samples.jsonl of prior, policy or reference."""
+        """The lines of samples.jsonl of prior or policy."""
         lines = map(json.loads, (self.folder / "samples.jsonl").read_text().splitlines())
         return [line for line in lines if line["model"] == model]
 
@@ -1727,7 +1736,6 @@ def launch(out: Path, **flags) -> Finished:
 RESULT_KEYS = set(
     "task steps seconds reward_prior reward_policy win_rate_vs_prior win_rate_vs_prior_ci "
     "kl_to_prior kl_to_prior_se eos_share response_tokens".split())
-REFERENCE_KEYS = {"reward_reference", "win_rate_vs_reference", "win_rate_vs_reference_ci"}
 
 
 def assert_complete(run: Finished, task: str, temperature: float = 1.0) -> None:
@@ -1736,7 +1744,7 @@ def assert_complete(run: Finished, task: str, temperature: float = 1.0) -> None:
     result = run.result()
     saved = json.loads((run.folder / "result.json").read_text())
     assert saved["config"]["task"] == task and result.items() <= saved.items()
-    assert result.keys() >= RESULT_KEYS | REFERENCE_KEYS
+    assert result.keys() >= RESULT_KEYS
     assert result["task"] == task and result["steps"] == 4
     low, high = result["win_rate_vs_prior_ci"]
     assert 0 <= low <= result["win_rate_vs_prior"] <= high <= 1
@@ -1754,10 +1762,11 @@ def assert_complete(run: Finished, task: str, temperature: float = 1.0) -> None:
 
 
 def assert_frozen_between_refreshes(lines: list[dict]) -> None:
-    """Two steps per refresh: the log-ratios are exactly 0 in the first, and not in the second."""
+    """Two steps per refresh: the policy's shares are exactly equal in the first, and not in the
+    second; n is 4 or 32, so 1/n is exact."""
+    n = round(lines[0]["ess_beta"])
     for turn, line in enumerate(lines):
-        extremes = line["log_ratio_min"], line["log_ratio_max"]
-        assert (extremes == (0, 0)) == (turn % 2 == 0), (turn, extremes)
+        assert (line["ess_beta"] == n) == (turn % 2 == 0), (turn, line["ess_beta"])
 
 
 # A world small enough to know everything of it: 5 ids, at most 3 in a response, 85 responses.
@@ -1816,7 +1825,6 @@ class Known(NamedTuple):
     reward: torch.Tensor
     ended: torch.Tensor
     tokens: torch.Tensor
-    reference: torch.Tensor  # (16,) its reward
 
 
 @pytest.fixture(scope="module")
@@ -1835,7 +1843,7 @@ def known(world, world_dir):
         for line in (world_dir / "test.jsonl").read_text().splitlines():
             row = json.loads(line)
             prompts.append(row["prompt"])
-            x, y = ([" abcd".index(w) for w in row[k].split()] for k in ("prompt", "reference"))
+            x = [" abcd".index(word) for word in row["prompt"].split()]
             columns = []
             for size in (1, 2, 3):  # rows of one length need no padding
                 some = [list(r) for r in space if len(r) == size]
@@ -1847,10 +1855,8 @@ def known(world, world_dir):
                 raw = torch.stack([own_head_reward(reward_model, x, r) for r in some]).double()
                 columns.append(torch.stack([*scores, raw - penalty * (~ended), ended.double(),
                                             torch.full_like(raw, size)]))
-            reference = own_head_reward(reward_model, x, y + [0]).double()
-            table.append((torch.cat(columns, -1), reference))
-    figures, references = zip(*table, strict=True)
-    return Known(prompts, *torch.stack(figures, 1), torch.stack(references))
+            table.append(torch.cat(columns, -1))
+    return Known(prompts, *torch.stack(table, 1))
 
 
 def assert_mean(mean: float, log_p, values, samples: int) -> None:
@@ -1900,14 +1906,13 @@ def test_evaluation_estimates_the_exact_figures(world, known):
     assert_mean(result["kl_to_prior"], known.log_policy, ratio, 256)
     assert_mean(result["eos_share"], known.log_policy, known.ended, 256)
     assert_mean(result["response_tokens"], known.log_policy, known.tokens, 256)
-    assert abs(result["reward_reference"] - known.reference.mean().item()) < 1e-3
     assert result["kl_to_prior"] > 0.2  # far enough for its sign to show
     assert result["reward_policy"] > result["reward_prior"] + 0.1
 
 
 def test_win_rates_are_those_of_all_pairs(world, known):
-    """Catches ties that count as wins or as losses, sides swapped, and references scored without
-    end-of-text. Hoeffding's inequality over 16 × 256 disjoint pairs: false alarm 2e-7."""
+    """Catches ties that count as wins or as losses, and sides swapped. Hoeffding's inequality over
+    16 × 256 disjoint pairs: false alarm 2e-7."""
     result, allowed = world.run.result(), math.sqrt(math.log(2e7) / (2 * 16 * 256))
     p, q, r = known.log_prior.exp(), known.log_policy.exp(), known.reward
     gap = r[:, :, None] - r[:, None]  # (16, 85, 85): policy's against prior's
@@ -1917,10 +1922,6 @@ def test_win_rates_are_those_of_all_pairs(world, known):
     exact = (pair * ((gap > 0) & ~tie)).sum((1, 2)).mean().item() + ties / 2
     assert ties / 2 > allowed  # so that counting them wrongly shows
     assert abs(result["win_rate_vs_prior"] - exact) < allowed
-    gap = r - known.reference[:, None]
-    tie = gap.abs() < 1e-4
-    exact = (q * ((gap > 0) & ~tie)).sum(-1).mean() + (q * tie).sum(-1).mean() / 2
-    assert abs(result["win_rate_vs_reference"] - exact.item()) < allowed
 
 
 def test_the_posterior_is_the_best_there_is(world, known):
@@ -1953,8 +1954,8 @@ def test_proposal_is_frozen_between_refreshes(world):
 
 
 def test_metrics_are_those_of_the_tensors(world):
-    """Catches a KL of the wrong sign, ESS of the wrong weights, extremes swapped and a loss that
-    is not the mean over the step's prompts."""
+    """Catches a KL of the wrong sign, ESS of the wrong weights, and a loss that is not the mean
+    over the step's prompts."""
     calls = [tensors for tensors, _ in world.losses]
     for line, args in zip(world.run.metrics("brain"), calls, strict=True):
         q, p, q1, r = (tensor.detach().double() for tensor in args[:4])
@@ -1968,8 +1969,6 @@ def test_metrics_are_those_of_the_tensors(world):
             "kl_to_prior": (beta * (q - p)).sum(-1)}
         for name, values in expected.items():
             assert abs(line[name] - values.mean().item()) < 1e-4, (line["step"], name)
-        assert line["log_ratio_min"] == pytest.approx((q - q1).min().item(), abs=1e-6)
-        assert line["log_ratio_max"] == pytest.approx((q - q1).max().item(), abs=1e-6)
         assert line["refresh_kl"] == pytest.approx((q1 - p).mean().item(), abs=1e-4)
         assert line["refresh_kl_sd"] == pytest.approx((q1 - p).std(-1).mean().item(), abs=1e-4)
     assert line["kl_to_prior"] > 0.1
@@ -1991,8 +1990,7 @@ def test_micro_batches_change_nothing_but_rounding(world, world_dir, tmp_path):
     assert whole.metrics("brain")[0]["gradient_norm"] == pytest.approx(
         world.run.metrics("brain")[0]["gradient_norm"], rel=1e-5)  # lr decays, step 0 is the same
     one, other = whole.result(), parts.result()
-    for name in ("reward_prior", "reward_policy", "reward_reference", "kl_to_prior",
-                 "win_rate_vs_reference"):
+    for name in ("reward_prior", "reward_policy", "kl_to_prior", "win_rate_vs_prior"):
         assert other[name] == pytest.approx(one[name], abs=1e-3), name
 
 
@@ -2009,6 +2007,15 @@ def test_prior_as_proposal(world_dir, tmp_path):
 
 
 # Three families, four kinds of reward model.
+
+
+def write_judge(folder: Path, checkpoint: Path) -> Path:
+    """The README's judge.py, for this reward model."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    program, = (block for block in blocks if block.startswith("import torch  # judge.py"))
+    assert program.count('"MODEL"') == 1
+    (folder / "judge.py").write_text(program.replace('"MODEL"', repr(str(checkpoint))))
+    return folder / "judge.py"
 
 
 @pytest.fixture(scope="module")
@@ -2031,7 +2038,7 @@ def checkpoints(tmp_path_factory):
 
 
 HH_BASE = dict(task="hh", sft_lr=3e-3, sft_batch=16, sft_epochs=4, reward_lr=1e-2,
-               reward_batch=16, reward_epochs=4, hh_subsets=["harmless-base", "helpful-base"])
+               reward_batch=16, reward_epochs=4, hh_subsets="harmless-base helpful-base")
 
 
 @pytest.fixture(scope="module")
@@ -2095,7 +2102,7 @@ def test_run_of_llama_from_checkpoints(hh_dir, checkpoints, tmp_path):
     """Catches BOS added twice, lost, or put into responses, in Llama, whose tokenizer adds it; and
     samples that stand beside another prompt. Texts must reach the models through pack."""
     with recorded("pack") as calls:
-        run = launch(tmp_path / "run", task="hh", data_dir=hh_dir, hh_subsets=["helpful-base"],
+        run = launch(tmp_path / "run", task="hh", data_dir=hh_dir, hh_subsets="helpful-base",
                      prior=checkpoints / "llama/prior", reward=checkpoints / "llama/reward",
                      temperature=0.7, eval_prompts=12)
     assert_complete(run, "hh", temperature=0.7)
@@ -2105,29 +2112,28 @@ def test_run_of_llama_from_checkpoints(hh_dir, checkpoints, tmp_path):
               for y in ys]
     plain = functools.partial(build_tokenizer(bos=True), add_special_tokens=False)
     rows = dict(split_dialogue(make_dialogue(700 + i))[:2] for i in range(12))
-    for prompt, reference in rows.items():
-        assert ([1] + plain(prompt).input_ids, plain(reference).input_ids + [0]) in packed
-    shown = run.samples("reference")
-    assert {line["prompt"]: line["responses"] for line in shown} == {
-        prompt: [reference + EOS] for prompt, reference in rows.items()}
+    seen = [x for x, _ in packed]
+    assert all([1] + plain(prompt).input_ids in seen for prompt in rows)
+    assert {x[0] for x in seen[-24:]} == {1} and all(1 not in x[1:] for x in seen[-24:])
+    shown = run.samples("policy")
+    assert {line["prompt"] for line in shown} == rows.keys()
     report = (run.folder / "report.md").read_text()
     told = [line for line in shown if
-            f"- reference: `{line['prompt'][-100:]!r}` → `{line['responses'][0]!r}`" in report]
-    assert len(told) == report.count("- reference: ") >= 2
+            f"- policy: `{line['prompt'][-100:]!r}` → `{line['responses'][0]!r}`" in report]
+    assert len(told) == report.count("- policy: ") >= 2
 
 
 def test_samples_are_all_there(world, known):
     """Catches samples left out of samples.jsonl, beside another prompt, or with another's reward:
-    each evaluated response of prior, policy and reference against the known world."""
+    each evaluated response of prior and policy against the known world."""
     space = {"".join([EOS if i == 0 else " abcd"[i] for i in y]): k
              for k, y in enumerate(sorted(response_space(5, 3), key=len))}
-    for model in ("prior", "policy", "reference"):
+    for model in ("prior", "policy"):
         lines = world.run.samples(model)
         assert sorted(line["prompt"] for line in lines) == sorted(known.prompts)
         for line in lines:
             place = known.prompts.index(line["prompt"])
-            assert len(line["responses"]) == len(line["rewards"]) == (
-                1 if model == "reference" else 256)
+            assert len(line["responses"]) == len(line["rewards"]) == 256
             where = [space[y.replace(" ", "")] for y in line["responses"]]
             torch.testing.assert_close(torch.tensor(line["rewards"]).double(),
                                        known.reward[place, where], rtol=0, atol=1e-3)
@@ -2135,34 +2141,36 @@ def test_samples_are_all_there(world, known):
 
 def test_run_of_gpt2_with_a_decoder_of_another_tokenizer(hh_dir, checkpoints, tmp_path):
     """Catches dropout left on (0.1 in GPT-2's config: log-ratios would not be 0), positions that
-    left padding shifts, and ids of one vocabulary read in another: references are re-encoded with
-    the reward model's own tokenizer, its BOS and its end-of-text."""
+    left padding shifts, and a README's judge.py that does not read a decoder's own tokens, its
+    BOS and its end-of-text."""
     rows = [dict(zip(brain.Example._fields, split_dialogue(make_dialogue(i)), strict=True))
             for i in range(32)]
     write_lines(tmp_path / "data/train.jsonl", rows[:24])
     write_lines(tmp_path / "data/test.jsonl", rows[24:])
     run = launch(tmp_path / "run", task="jsonl", data_dir=tmp_path / "data",
-                 prior=checkpoints / "gpt2/prior", reward=checkpoints / "llama/reward")
+                 prior=checkpoints / "gpt2/prior",
+                 reward=write_judge(tmp_path, checkpoints / "llama/reward"))
     assert_complete(run, "jsonl")
     assert_frozen_between_refreshes(run.metrics("brain"))
     tokenizer = build_tokenizer(bos=True)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         checkpoints / "llama/reward").eval()
-    exact = sum(own_head_reward(model, tokenizer(row["prompt"]).input_ids,
-                                tokenizer(row["reference"]).input_ids[1:] + [0])
-                for row in rows[24:]) / 8
-    assert run.result()["reward_reference"] == pytest.approx(exact.item(), abs=1e-3)
+    for line in run.samples("policy"):
+        for response, reward in zip(line["responses"], line["rewards"], strict=True):
+            ids = tokenizer(response.removesuffix(EOS)).input_ids[1:] + [0]
+            exact = own_head_reward(model, tokenizer(line["prompt"]).input_ids, ids)
+            exact -= not response.endswith(EOS)
+            assert reward == pytest.approx(exact.item(), abs=1e-3)
 
 
 def test_run_on_prompts_alone(checkpoints, tmp_path):
-    """Catches a task without references that stops the run, or that reports figures for them."""
+    """Catches a task without references that stops the run."""
     for split in ("train", "test"):
         write_lines(tmp_path / f"{split}.jsonl", [{"prompt": say(5, i)} for i in range(9)])
     run = launch(tmp_path / "run", task="jsonl", data_dir=tmp_path, steps=2,
                  prior=checkpoints / "gpt_neox/prior", reward=checkpoints / "gpt_neox/reward")
     result = run.result()
-    assert result.keys() >= RESULT_KEYS and not result.keys() & REFERENCE_KEYS
-    assert not run.samples("reference") and len(run.samples("policy")) == 8
+    assert result.keys() >= RESULT_KEYS and len(run.samples("policy")) == 8
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
@@ -2179,7 +2187,7 @@ def test_run_in_bf16(family, hh_dir, checkpoints, tmp_path, monkeypatch):
         run.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
 
     monkeypatch.setattr(brain.Run, "__init__", as_on_cuda)
-    run = launch(tmp_path / "run", task="hh", data_dir=hh_dir, hh_subsets=["helpful-base"],
+    run = launch(tmp_path / "run", task="hh", data_dir=hh_dir, hh_subsets="helpful-base",
                  prior=checkpoints / f"{family}/prior", reward=checkpoints / f"{family}/reward")
     assert_complete(run, "hh")
     assert_frozen_between_refreshes(run.metrics("brain"))
@@ -2208,7 +2216,7 @@ def test_bars_only_where_somebody_looks(stream, checkpoints, tmp_path, monkeypat
                  prior=checkpoints / "gpt_neox/prior", reward=checkpoints / "gpt_neox/reward")
     assert run.result()
     if stream is Terminal:
-        for what in ("reading train: 9it", "brain: 100%", "loss="):
+        for what in ("reading train: 100%", "brain: 100%", "loss="):
             assert what in run.stderr, what
     else:
         assert not run.stderr
@@ -2230,17 +2238,42 @@ def test_run_on_tldr(tldr_dir, checkpoints, tmp_path):
     tokenizer = build_tokenizer()
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         checkpoints / "gpt_neox/reward").eval()
-    exact = sum(own_head_reward(model, tokenizer(prompt).input_ids,
-                                tokenizer(reference).input_ids + [0])
-                for prompt, reference in expected_tldr(tokenizer, "test", 512)) / 8
-    assert run.result()["reward_reference"] == pytest.approx(exact.item(), abs=1e-3)
+    prompts = [prompt for prompt, _ in expected_tldr(tokenizer, "test", 512)]
+    lines = run.samples("policy")
+    assert sorted(line["prompt"] for line in lines) == sorted(prompts)
+    for line in lines:
+        for response, reward in zip(line["responses"], line["rewards"], strict=True):
+            ids = tokenizer(response).input_ids
+            if tokenizer.decode(ids) == response and response.endswith(EOS):
+                exact = own_head_reward(model, tokenizer(line["prompt"]).input_ids, ids)
+                assert reward == pytest.approx(exact.item(), abs=1e-3)
+
+
+def test_run_on_tldr_with_a_bert(tldr_dir, checkpoints, tmp_path):
+    """Catches a README's judge.py that gives an encoder ids of the policy's tokenizer, or special
+    tokens as text: each sample is scored as a pair of texts with the model's own tokenizer."""
+    run = launch(tmp_path / "run", task="tldr", data_dir=tldr_dir, max_prompt_tokens=256, steps=2,
+                 prior=checkpoints / "llama/prior",
+                 reward=write_judge(tmp_path, checkpoints / "bert"))
+    assert run.status == 0, run.stderr
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoints / "bert")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        checkpoints / "bert").eval()
+    seen = []
+    for line in run.samples("policy"):
+        for response, reward in zip(line["responses"], line["rewards"], strict=True):
+            text = response.removesuffix(EOS).replace("<s>", "").replace(EOS, "")
+            pair = tokenizer(line["prompt"], text, return_tensors="pt")
+            seen.append(model(**pair).logits.item())
+            penalty = 0 if EOS in response else 1
+            assert reward == pytest.approx(seen[-1] - penalty, abs=1e-3)
+    assert max(seen) - min(seen) > 0.05
 
 
 @pytest.mark.parametrize("tokenizer", ["own", "the prior's"])
-def test_run_on_tldr_with_a_bert(tokenizer, tldr_dir, checkpoints, tmp_path):
-    """Catches a reward model of another kind that reads ids of the policy's tokenizer, or special
-    tokens as text: each reference is scored as a pair of texts with the model's own tokenizer. And
-    an encoder that is taken for a decoder as its tokenizer is the prior's."""
+def test_an_encoder_is_no_decoder(tokenizer, tldr_dir, checkpoints, tmp_path):
+    """Catches an encoder that reads the policy's ids, its tokenizer being the prior's or not, and
+    a refusal that does not name the way out."""
     folder = checkpoints / "bert"
     if tokenizer != "own":
         config = transformers.BertConfig.from_pretrained(folder)
@@ -2251,18 +2284,13 @@ def test_run_on_tldr_with_a_bert(tokenizer, tldr_dir, checkpoints, tmp_path):
             part.save_pretrained(folder)
     run = launch(tmp_path / "run", task="tldr", data_dir=tldr_dir, max_prompt_tokens=256, steps=2,
                  prior=checkpoints / "llama/prior", reward=folder)
-    result = run.result()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    exact = [model(**tokenizer(prompt, reference, return_tensors="pt")).logits.item()
-             for prompt, reference in expected_tldr(build_tokenizer(bos=True), "test", 256)]
-    assert max(exact) - min(exact) > 0.05
-    assert result["reward_reference"] == pytest.approx(sum(exact) / 8, abs=1e-3)
+    assert run.status == 2 and len(run.stderr.splitlines()) == 1
+    assert f"{folder} does not read the prior's tokens" in run.stderr and "FILE.py" in run.stderr
 
 
 def test_run_on_tldr_from_a_base_model(tldr_dir, checkpoints, tmp_path):
     """Catches a base that is not fine-tuned on the posts before it is the prior, and prompts of the
-    policy's training that are not the training posts, cut."""
+    policy's training that are not the training posts."""
     with recorded("sample") as calls:
         run = launch(tmp_path / "run", task="tldr", data_dir=tldr_dir, max_prompt_tokens=128,
                      base=checkpoints / "gpt_neox/prior", reward=checkpoints / "gpt_neox/reward",
@@ -2282,7 +2310,7 @@ def test_run_on_comparisons_without_references(tmp_path):
         write_lines(tmp_path / f"{split}.jsonl", rows)
     run = launch(tmp_path / "run", task="jsonl", data_dir=tmp_path, reward_batch=6,
                  prior=save_checkpoint(tmp_path / "prior"))
-    assert not run.result().keys() & REFERENCE_KEYS and len(run.metrics("brain")) == 4
+    assert run.result() and len(run.metrics("brain")) == 4
 
 
 @pytest.mark.parametrize("task", ["hh", "tldr"])
@@ -2445,7 +2473,7 @@ BAD_INPUTS = [  # what is wrong | the command line | what the message must say, 
     ("brackets without end", f"{JSONL} {BOTH} --data_dir {{nested}}", r"train\.jsonl:2: "),
     ("a number of 5000 digits", f"{JSONL} {BOTH} --data_dir {{digits}}", r"train\.jsonl:2: "),
     ("every prompt too long", f"{JSONL} {BOTH} --data_dir {{long}}",
-     "train.*(1 too long|too long.*1)"),
+     "jsonl train: 0 of 1 rows.*too long"),
     ("no reference to train on", JSONL + " --base {prior} --reward {reward} --data_dir {bare}",
      "reference"),
     ("no comparison to train on", JSONL + " --prior {prior} --data_dir {pairless}",
@@ -2457,7 +2485,7 @@ BAD_INPUTS = [  # what is wrong | the command line | what the message must say, 
     ("hh row lacks a side", f"--task hh --hh_subsets harmless-base {BOTH} {LIMITS} "
      "--data_dir {hh_field}", r"train\.jsonl\.gz:2: .*rejected"),
     ("nothing but broken rows", f"--task hh --hh_subsets harmless-base {BOTH} {LIMITS} "
-     "--data_dir {hh_parted}", "train.*(1 broken|broken.*1)"),
+     "--data_dir {hh_parted}", "hh train: 0 of 1 rows.*broken"),
     ("hh offline", f"--task hh --hh_subsets helpful-base {BOTH} {LIMITS} --data_dir {{hh}}",
      r"helpful-base/train\.jsonl\.gz.*--data_dir"),
     ("tldr without a reward model", f"--task tldr --device cpu --base {{prior}} {LIMITS} "
@@ -2781,7 +2809,7 @@ def test_a_finished_run_is_evaluated_again(unbroken):
     before, seconds = fingerprint(unbroken.folder), {"seconds": 0}
     for changes in ([], ["--save_every", "7", "--micro_batch_tokens", "16383", "--data_dir", "x"]):
         again = small(unbroken.folder, *changes)
-        assert "from stage brain, step 20" in again.stdout
+        assert ", stage brain, step 20" in again.stdout
         assert again.result() | seconds == unbroken.result() | seconds
     assert fingerprint(unbroken.folder) == before
 
@@ -2971,34 +2999,23 @@ def test_scored_is_not_sampled(temperature, brief, tmp_path, capfd, monkeypatch)
 
 def test_report_says_what_was_run(unbroken):
     """Catches a report without what its figures rest on, or with other figures than the last
-    line's: a table whose cells are those of result.json, held-out losses, the exact KLs."""
+    line's: a table whose cells are those of result.json, the exact KLs."""
     found, text = unbroken.result(), (unbroken.folder / "report.md").read_text()
-    assert "8 held-out prompts × 4 samples" in text and "20 steps on cpu" in text
-    assert "nats a token" in text and "of held-out pairs ordered right" in text
-    assert "'samples_per_prompt': 4" in text and "'seed'" not in text  # differs; does not
-    assert "{kl_to_posterior_start:.3f}".format(**found) in text
-    assert "{kl_to_posterior_end:.3f}".format(**found) in text
+    config = json.loads((unbroken.folder / "config.json").read_text())
+    assert all(f"{name}={value!r}" in text for name, value in config.items())
     table = [[cell.strip() for cell in line.split("|")[1:-1]]
              for line in text.splitlines() if line.startswith("|")]
-    if table[0][1] == "prior":  # a column for each model
-        table = [table[0], table[1], *map(list, zip(*table, strict=True))]
-    rows = {row[0]: " ".join(row) for row in table}
-    for name in ("prior", "policy", "reference"):
-        assert f"{found[f'reward_{name}']:.3f}" in rows[name]
-    for name in ("win_rate_vs_prior", "win_rate_vs_reference"):
-        for number in (found[name], *found[f"{name}_ci"]):
-            assert f"{number:.3f}" in rows["policy"]
-    for name in ("kl_to_prior", "kl_to_prior_se", "eos_share"):
-        assert f"{found[name]:.3f}" in rows["policy"]
+    assert table[0] == ["", "prior", "policy"]
+    rows = {row[0]: row[1:] for row in table[2:]}
+    assert rows["reward"] == [str(round(found[f"reward_{name}"], 3)) for name in table[0][1:]]
+    for name in found.keys() - {"task", "steps", "seconds", "reward_prior", "reward_policy"}:
+        value = found[name]
+        shown = [round(x, 3) for x in value] if name.endswith("_ci") else round(value, 3)
+        assert rows[name][1] == str(shown), name
+    assert rows["kl_to_prior"][0] == "0.0" and rows["win_rate_vs_prior"][0] == ""
     for name in ("prior", "policy"):
         samples = unbroken.samples(name)
         assert len(samples) == 8 and {len(line["responses"]) for line in samples} == {4}
-
-
-def test_preference_counts_a_tie_as_half():
-    """Catches ties that count as wins or as losses, and pairs that are left out."""
-    rewards = torch.tensor([[1., 2.], [3., 3.]]), torch.tensor([[2., 2.], [3., 4.]])
-    assert brain.preference(*rewards).tolist() == [0.25, 0.25]  # (0 + 0 + ½ + ½)/4, likewise
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
@@ -3011,7 +3028,7 @@ def outcomes_of(rate: float) -> tuple[numpy.ndarray, numpy.ndarray]:
     level = torch.tensor(list(itertools.product(range(3), repeat=4))).double()  # (81, 4)
     better, worse = torch.tensor([0.05, 0.2, 0.75]), torch.tensor([0.7, 0.25, 0.05])
     likely = [p.double()[level.long()].prod(-1) for p in (better, worse)]  # (81,) each
-    share = brain.preference(*(x.reshape(-1, 4) for x in (
+    share = preference(*(x.reshape(-1, 4) for x in (
         level[:, None].expand(-1, 81, -1), level.expand(81, -1, -1))))  # (81²,)
     wins = (likely[0][:, None] * likely[1]).flatten().double()
     wins, losses = wins / wins.sum(), (likely[1][:, None] * likely[0]).flatten() / wins.sum()
@@ -3029,14 +3046,11 @@ def intervals_of(shares: Tensor) -> tuple[Tensor, Tensor]:
     """brain.win_rate's intervals of many data sets, (sets, prompts): the two roots in w of
     (mean - w)^2 = t^2 w (1 - w) / trials."""
     mean, prompts = shares.mean(1), shares.shape[1]
-    most, ends = mean * (1 - mean), []
-    for sign, wary in ((-1, mean >= 0.5), (1, mean <= 0.5)):
-        luck = 0.0188 / prompts * (4 * most).clamp(min=0.01).pow(4).where(~wary, 1)
-        trials = (prompts - 1) * (most**2 + luck) / (most * shares.var(1, correction=0) + luck)
-        z2 = 3.84 * math.exp(2.42 / (prompts - 1.5)) / trials.clamp(max=64 * prompts)
-        root = ((2 * mean + z2) ** 2 - 4 * (1 + z2) * mean**2).clamp(min=0).sqrt()
-        ends.append((2 * mean + z2 + sign * root) / (2 + 2 * z2))
-    return ends[0], ends[1]
+    most, luck = mean * (1 - mean), 0.014 / prompts
+    trials = (prompts - 1) * (most**2 + luck) / (most * shares.var(1, correction=0) + luck)
+    z2 = 3.84 * math.exp(2.42 / (prompts - 1.5)) / trials.clamp(max=64 * prompts)
+    root = ((2 * mean + z2) ** 2 - 4 * (1 + z2) * mean**2).clamp(min=0).sqrt()
+    return (2 * mean + z2 - root) / (2 + 2 * z2), (2 * mean + z2 + root) / (2 + 2 * z2)
 
 
 def shares_of(kind: str, rate: float, prompts: int, opponents: int) -> Tensor:
@@ -3057,7 +3071,7 @@ def shares_of(kind: str, rate: float, prompts: int, opponents: int) -> Tensor:
     shift = torch.special.ndtri(chance).float() * (2**0.5 if opponents > 1 else 1)
     random = torch.from_numpy(rng.standard_normal((len(shift), 4 + opponents), numpy.float32))
     others = random[:, 4:] * (opponents > 1)
-    return brain.preference(random[:, :4] + shift, others).reshape(shape).double()
+    return preference(random[:, :4] + shift, others).reshape(shape).double()
 
 
 @pytest.mark.parametrize("kind, rate, prompts, opponents", [
@@ -3078,8 +3092,8 @@ def test_win_rate_intervals_cover(kind, rate, prompts, opponents):
         assert brain.win_rate(shares[i])[0] == pytest.approx(shares[i].mean().item())
     assert abs(shares.mean() - rate) < 0.003
     coverage = ((low <= rate) & (rate <= high)).double().mean()
-    noise = math.sqrt(0.93 * 0.07 / len(shares))
-    assert coverage >= 0.93 - 2 * noise, coverage  # most of these cases have 0.95
+    noise = math.sqrt(0.92 * 0.08 / len(shares))
+    assert coverage >= 0.92 - 2 * noise, coverage  # most of these cases have 0.95
     width = 2 * STUDENT[prompts] * shares.std() / math.sqrt(prompts)
     assert (high - low).mean() <= 1.3 * width, (high - low).mean() / width
 
@@ -3318,7 +3332,7 @@ def test_rows_of_the_readme_are_read():
 def test_reward_function_of_the_readme(tmp_path):
     """Catches a reward function on the front page that is not the one that was measured, or that
     cannot judge: an empty text, a longer one."""
-    (code,) = blocks("Your own data", "python")
+    code, _ = blocks("Your own data", "python")  # the other one is judge.py
     assert code == CAPITALS_REWARD and len(code.splitlines()) <= 5
     (tmp_path / "reward.py").write_text(code, encoding="utf-8")
     reward = runpy.run_path(str(tmp_path / "reward.py"))["reward"]
@@ -3335,7 +3349,7 @@ def test_capitals_can_be_learned_from(tmp_path, monkeypatch, capsys):
     short = ["--steps=2", "--sft_epochs=1", "--eval_prompts=3", "--out=out/short"]
     assert brain.main([*shlex.split(command), *short]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert said["reward_reference"] == 1 and -1 <= said["reward_policy"] < 1
+    assert -1 <= said["reward_policy"] < 1
 
 
 def test_snippets_of_the_readme_run(shown_run, monkeypatch):
@@ -3416,8 +3430,8 @@ def test_win_rate_interval_at_its_worst():
     ours, theirs = (torch.from_numpy(rng.standard_normal((*shape, 8))) for _ in range(2))
     ours += 2**0.5 * torch.special.ndtri(chance)[..., None]
     held = [low <= 0.85 <= high for a, b in zip(ours, theirs, strict=True)
-            for _, (low, high) in [brain.win_rate(brain.preference(a, b))]]
-    assert 0.87 <= numpy.mean(held) <= 0.91, numpy.mean(held)
+            for _, (low, high) in [brain.win_rate(preference(a, b))]]
+    assert 0.84 <= numpy.mean(held) <= 0.88, numpy.mean(held)
 
 
 # ---- A recipe for TRL: the README's, skipped where TRL is not installed --------------------------
@@ -4817,10 +4831,20 @@ def share_dialogues(plan: Dialogues, seed: int) -> str:
     return f"seed {seed}: prior, reward model and judge"
 
 
+@torch.no_grad()
 def ordered_right(plan: Dialogues, seed: int, name: str) -> float:
     """The share of held-out pairs that the reward model of policy/ or judge/ orders right."""
-    told = (seed_folder(plan, seed) / name / "report.md").read_text(encoding="utf-8")
-    return float(re.search(r"reward model: ([\d.]+) of held-out", told)[1])
+    folder, flags = seed_folder(plan, seed), ["--task=jsonl", "--prior=x", *plan.flags]
+    cfg = brain.parse_config([*flags, f"--data_dir={folder}/{name}_data"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / name / "reward")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder / name / "reward").eval()
+    with contextlib.redirect_stdout(io.StringIO()):
+        rows = brain.load_task(cfg, "test", tokenizer)[: cfg.eval_prompts]
+    run = SimpleNamespace(cfg=cfg, tokenizer=tokenizer, device="cpu")
+    batches = brain.text_batches(run, rows, ("chosen", "rejected"), cfg.max_comparison_tokens)
+    rewards = torch.cat([brain.score_reward(model, batch) for batch in batches])
+    return (rewards[:, 0] > rewards[:, 1]).float().mean().item()
 
 
 def train_dialogues(plan: Dialogues, job: Job) -> dict:
@@ -4843,11 +4867,11 @@ def train_dialogues(plan: Dialogues, job: Job) -> dict:
     judged = {"prior": [], "policy": []}
     rows = map(json.loads, (run / "samples.jsonl").read_text(encoding="utf-8").splitlines())
     for row in (row for row in rows if row["model"] in judged):
-        prompts = [row["prompt"]] * len(row["responses"])
+        x = tokenizer(row["prompt"]).input_ids
+        ys = brain.encode_responses(tokenizer, row["responses"], 512)
         with torch.no_grad():
-            judged[row["model"]].append(
-                brain.reward_by_model(judge, tokenizer, prompts, row["responses"], None))
-    wins = brain.preference(torch.stack(judged["policy"]), torch.stack(judged["prior"]))
+            judged[row["model"]].append(brain.score_reward(judge, brain.pack([x], [ys]))[0])
+    wins = preference(torch.stack(judged["policy"]), torch.stack(judged["prior"]))
     course = [
         {"samples": 0, "reward": end["reward_prior"], "kl": 0.0, "win_true": 0.5,
          "win_reward": 0.5},
@@ -5338,7 +5362,9 @@ MORE_BAD_INPUTS = [
     ("no response", "--max_response_tokens 0", "--max_response_tokens.*1"),
     ("unknown device", "--device tpu", "--device.*tpu"),
     ("no subset", "--task hh --prior x --hh_subsets", "--hh_subsets"),
-    ("tldr with a base alone", "--task tldr --base {prior} --device cpu", "--reward is needed"),
+    ("tldr with a base alone", "--task tldr --base {prior} --device cpu --max_prompt_tokens 300 "
+     "--max_comparison_tokens 64 --max_response_tokens 8 --data_dir {tldr}",
+     "no row with a chosen text.*--reward"),
     # the folder
     ("prior is out", f"{RUN} --out {{prior}}", "--prior lies inside"),
     ("base is out", f"{JSONL} --base {{prior}} --data_dir {{data}} --out {{prior}}",
@@ -5347,10 +5373,10 @@ MORE_BAD_INPUTS = [
     ("prior below out", f"{RUN} --out {{root}} --overwrite", "--prior lies inside"),
     ("reward is out", f"{RUN} --reward {{reward}} --out {{reward}}", "--reward lies inside"),
     ("data is out", f"{RUN} --out {{data}} --overwrite", "--data_dir lies inside"),
-    ("out holds another's files", f"{RUN} --out {{own_run}}", "not empty.*--overwrite"),
+    ("out holds another's files", f"{RUN} --out {{own_run}}", "holds no run.*--overwrite"),
     ("out holds another's state", f"{RUN} --out {{foreign}}", "cannot be continued.*--overwrite"),
     ("out holds half a state", f"{RUN} --out {{half_state}}", "cannot be continued.*--overwrite"),
-    ("out's stage is unknown", "--device cpu --out {unknown_stage}", "another program's"),
+    ("out's stage is unknown", "--device cpu --out {unknown_stage}", "unknown_stage/prior"),
     # rewards of FILE.py
     ("reward file absent", f"{RUN} --reward {{root}}/none.py", r"none\.py.*No such file"),
     ("reward file is a folder", f"{RUN} --reward {{r_folder}}", r"r_folder\.py"),
@@ -5360,11 +5386,9 @@ MORE_BAD_INPUTS = [
     ("reward file: import", f"{RUN} --reward {{r_missing}}", "r_missing.*no_such_module"),
     ("reward file: a null byte", f"{RUN} --reward {{r_null}}", r"r_null\.py.*null byte"),
     ("reward: too few", f"{RUN} --reward {{r_short}}",
-     r"8 responses need 8 .* not \[(1\.0, ){6}1\.0\]"),
+     r"2 responses need 2 .* not \[1\.0\]"),
     ("reward: too many", f"{RUN} --reward {{r_long}}",
-     r"8 responses need 8 .* not \[(1\.0, ){8}1\.0\]"),
-    ("reward: nan", f"{RUN} --reward {{r_nan}}", "finite rewards, not .*nan"),
-    ("reward: infinite", f"{RUN} --reward {{r_inf}}", "finite rewards, not .*inf"),
+     r"2 responses need 2 .* not \[(1\.0, ){2}1\.0\]"),
     ("reward: an exception", f"{RUN} --reward {{r_raises}}", "reward of texts: .*no.*such answer"),
     ("reward: words", f"{RUN} --reward {{r_words}}", "reward of texts: .*'str'"),
     ("reward: nothing", f"{RUN} --reward {{r_none}}", "reward of texts: .*None"),
@@ -5372,19 +5396,19 @@ MORE_BAD_INPUTS = [
     ("reward: lists", f"{RUN} --reward {{r_lists}}", "reward of texts: .*list"),
     ("reward: two arguments", f"{RUN} --reward {{r_two}}", "reward of texts: .*argument"),
     # data
-    ("data is a pipe", f"{JSONL} {BOTH} --data_dir {{fifo}}", r"fifo/train\.jsonl: it is no file"),
-    ("data is a folder", f"{JSONL} {BOTH} --data_dir {{folder}}", r"train\.jsonl: it is no file"),
+    ("data is a pipe", f"{JSONL} {BOTH} --data_dir {{fifo}}", r"fifo/train\.jsonl: there is no"),
+    ("data is a folder", f"{JSONL} {BOTH} --data_dir {{folder}}", r"train\.jsonl: there is no"),
     ("prompt is null", f"{JSONL} {BOTH} --data_dir {{null}}", r"train\.jsonl:2: .*prompt"),
     ("rejected without chosen", f"{JSONL} {BOTH} --data_dir {{only_rejected}}",
      r"train\.jsonl:2: .*chosen"),
     ("row is a text", f"{JSONL} {BOTH} --data_dir {{quoted}}", r"train\.jsonl:2: .*object"),
     ("reference is false", f"{JSONL} {BOTH} --data_dir {{false}}", r"train\.jsonl:2: .*reference"),
     ("two rows on a line", f"{JSONL} {BOTH} --data_dir {{twice}}", r"train\.jsonl:2: Extra data"),
-    ("two test rows", f"{JSONL} {BOTH} --data_dir {{void}}", "jsonl test: 2 examples"),
+    ("two test rows", f"{JSONL} {BOTH} --data_dir {{void}}", "jsonl test: 2 of 2 rows"),
     ("junk in a gz", f"--task hh --hh_subsets harmless-base {BOTH} {LIMITS} --data_dir {{hh_junk}}",
      r"train\.jsonl\.gz"),
     ("blank summaries", f"--task tldr --device cpu {BOTH} {LIMITS} --data_dir {{tldr_blank}}",
-     "train: 0 examples.*3 broken"),
+     "train: 0 of 3 rows.*broken"),
     ("post is a number", f"--task tldr --device cpu {BOTH} {LIMITS} --data_dir {{tldr_number}}",
      r"train\.jsonl:1: .*post"),
     # checkpoints: silent wrong results, or tracebacks, of old
@@ -5399,8 +5423,8 @@ MORE_BAD_INPUTS = [
      "--reward {neo_reward} --samples_per_prompt 3 --max_prompt_tokens 24 --max_response_tokens 6 "
      "--max_comparison_tokens 6", "gpt_neo models cannot"),
     ("sliding window", "--task jsonl --device cpu --data_dir {data} --prior {mistral} "
-     "--max_prompt_tokens 31 --max_response_tokens 8 --max_comparison_tokens 64", "mistral.* 40 "),
-    ("longrope", f"{JSONL} --prior {{phi}} --data_dir {{data}}", "phi3.* 40 tokens, not 72"),
+     "--max_prompt_tokens 31 --max_response_tokens 8 --max_comparison_tokens 64", "mistral.* 40:"),
+    ("longrope", f"{JSONL} --prior {{phi}} --data_dir {{data}}", "phi3.*context is 40: lower"),
     ("no attention", f"{JSONL} --prior {{mamba}} --data_dir {{data}}", "mamba models cannot"),
     ("ALiBi", f"{JSONL} --prior {{bloom}} --data_dir {{data}}", "bloom models cannot"),
     ("no such head", f"{JSONL} --base {{codegen}} --data_dir {{data}}", "codegen.*--reward"),
@@ -5414,12 +5438,12 @@ MORE_BAD_INPUTS = [
     ("heads do not divide", f"{JSONL} --prior {{heads}} --data_dir {{data}}", "heads"),
     ("layers below 0", f"{JSONL} --prior {{many}} --data_dir {{data}}", "many"),
     ("context is null", f"{JSONL} --prior {{no_context}} --data_dir {{data}}", "no_context"),
-    ("weights are nan", f"{JSONL} --prior {{nan}} --data_dir {{data}}", "not finite"),
+    ("weights are nan", f"{JSONL} --prior {{nan}} --data_dir {{data}}", "nan off plain rows"),
     ("tokenizer that ends prompts", f"{JSONL} --prior {{appends}} --data_dir {{data}}",
      "appends.*after a prompt"),
     ("ByT5's tokenizer", f"{JSONL} --prior {{byt5}} --data_dir {{data}}", "byt5.*after a prompt"),
-    ("encoder without pad", f"{RUN} --reward {{no_pad}}", "no_pad.*pad"),
-    ("encoder over its positions", f"{RUN} --reward {{roberta}}", "roberta"),
+    ("encoder without pad", f"{RUN} --reward {{no_pad}}", "no_pad does not read.*FILE.py"),
+    ("encoder over its positions", f"{RUN} --reward {{roberta}}", "roberta does not read"),
     ("decoder of other tokens without eos", f"{RUN} --reward {{other_no_eos}}", "no_eos.*eos"),
     ("reward offline", f"{RUN} --reward nobody/nothing-at-all", "nobody/nothing"),
     ("reward is a data file", f"{RUN} --reward {{data}}/train.jsonl", r"train\.jsonl"),
@@ -5490,8 +5514,9 @@ def test_one_end_of_text():
 
 def rewarder(source, prior):
     """Run's part that load_reward reads: the prior's tokenizer on a CPU."""
-    run = SimpleNamespace(device="cpu", dtype=torch.float32, tokenizer=build_tokenizer())
-    return brain.load_reward(run, str(source), 4, 16, 8, prior)
+    cfg = brain.Config(max_prompt_tokens=16, samples_per_prompt=4)
+    run = SimpleNamespace(cfg=cfg, device="cpu", dtype=torch.float32, tokenizer=build_tokenizer())
+    return brain.load_reward(run, str(source), prior, 8)
 
 
 @pytest.mark.parametrize("difference", ["nothing", "eos", "bos", "embeddings"])
@@ -5507,9 +5532,11 @@ def test_a_reward_model_reads_ids_only_if_they_are_its_own(difference, tmp_path)
         tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{EOS} $A", special_tokens=[(EOS, 0)])
     tokenizer.save_pretrained(tmp_path)
+    if difference != "nothing":
+        with pytest.raises(brain.Stop, match="does not read the prior's tokens.*FILE.py"):
+            rewarder(tmp_path, build_model())
+        return
     reward = rewarder(tmp_path, build_model())
-    assert (reward.func is brain.score_reward) == (difference == "nothing")
-
     x, y = " can you say why", " it was up"
     batch = brain.pack(build_tokenizer()([x]).input_ids,
                        [[[*build_tokenizer()(y).input_ids, 0]] * 2])
@@ -5523,20 +5550,11 @@ def test_a_reward_model_reads_ids_only_if_they_are_its_own(difference, tmp_path)
                                atol=1e-4)
 
 
-def test_long_texts_are_cut_to_what_a_reward_model_sees(rack):
-    """Catches a row of branches over a sliding window, which it would ignore in silence."""
-    config = transformers.AutoConfig.from_pretrained(rack["mistral"])
-    config.num_labels = 1
-    torch.manual_seed(0)
-    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    tokenizer = build_tokenizer(bos=True)
-    tokenizer.truncation_side = "left"
-    with torch.no_grad():
-        got = brain.reward_by_model(model, tokenizer, [" the cat was up" * 30], [" no ."], None)
-        ids = [*tokenizer(" the cat was up" * 30).input_ids,
-               *tokenizer(" no .", add_special_tokens=False).input_ids, 0][-40:]
-        want = model.score(model.base_model(torch.tensor([ids])).last_hidden_state[0, -1])
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("reward", ["r_nan", "r_inf"])
+def test_a_reward_file_that_is_not_finite(reward, rack, capfd):
+    """Catches a reward of FILE.py that is no number, found hours later."""
+    error = refused(capfd, [*shlex.split(RUN.format_map(rack)), "--reward", rack[reward]], status=1)
+    assert "a reward is not finite; prompt" in error
 
 
 def test_equal_ids_tie(monkeypatch, unbroken):
@@ -5639,7 +5657,7 @@ def test_a_finished_run_without_its_state(what, brief, brief_run, tmp_path, capf
     (out / "report.md").unlink()
     before = snapshot(out)
     error = refused(capfd, [*SMALL, str(out), *brief])
-    assert "--overwrite" in error and (what != "foreign" or "another program" in error)
+    assert "--overwrite" in error and (what == "deleted" or "cannot be continued" in error)
     assert snapshot(out) == before
 
 
@@ -5710,7 +5728,7 @@ def test_two_runs_at_once(brief, tmp_path, capfd):
         sign.touch()
         time.sleep(100)
 
-    child = forked([*SMALL, out, *brief], tmp_path, lambda: setattr(brain, "shuffled", stay), False)
+    child = forked([*SMALL, out, *brief], tmp_path, lambda: setattr(brain, "take", stay), False)
     try:
         wait_for(sign)
         before = snapshot(out)
@@ -5776,7 +5794,7 @@ def test_a_prompt_of_no_tokens(tmp_path, capfd):
     write_lines(tmp_path / "train.jsonl", [{"prompt": "???"}, {"prompt": "why ?"}])
     cfg = config_of("--task", "jsonl", "--prior", "x", "--data_dir", tmp_path)
     assert [e.prompt for e in brain.load_task(cfg, "train", tokenizer)] == ["why ?"]
-    assert "1 too long" in capfd.readouterr().out
+    assert "1 of 2 rows" in capfd.readouterr().out
 
 
 def test_a_prior_of_another_size_between_parts(tmp_path, shelf, capfd, monkeypatch):
@@ -5799,31 +5817,6 @@ def test_a_prior_of_another_size_between_parts(tmp_path, shelf, capfd, monkeypat
     error = refused(capfd, argv, status=1)
     path = Path(re.search(r"see (\S+)$", error)[1])
     assert "RuntimeError" in error and "Traceback" in path.read_text()
-
-
-def test_ctrl_c_during_the_imports():
-    """Catches a traceback of the imports where somebody has thought better of it."""
-    with subprocess.Popen([sys.executable, "-X", "importtime", brain.__file__], text=True,
-                          stderr=subprocess.PIPE) as process:  # which tells what is imported
-        lines = iter(process.stderr.readline, "")
-        assert any("tokenizers" in line for line in lines)  # 2 s of torch lie ahead
-        process.send_signal(signal.SIGINT)
-        assert not [line for line in lines if not line.startswith("import time:")]
-    assert process.returncode == -signal.SIGINT
-
-
-def test_an_encoder_reads_what_its_context_holds(shelf, tmp_path):
-    """Catches a response that is longer than the context of an encoder, told after training."""
-    folder, tokenizer = tmp_path / "bert", build_tokenizer()
-    tokenizer.pad_token, tokenizer.model_max_length = EOS, 6
-    config = transformers.BertConfig(
-        vocab_size=500, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-        intermediate_size=64, num_labels=1, max_position_embeddings=8)
-    for part in (tokenizer, transformers.BertForSequenceClassification(config)):
-        part.save_pretrained(folder)
-    run = launch(tmp_path / "run", task="jsonl", data_dir=shelf["data"], prior=shelf["prior"],
-                 reward=folder, steps=1, max_response_tokens=8)
-    assert math.isfinite(run.result()["reward_policy"])
 
 
 @pytest.mark.parametrize("what", ["closed stdout", "ASCII stdout", "ASCII locale"])
@@ -5875,7 +5868,7 @@ def test_out_of_memory_on_a_cpu(what, shelf, tmp_path):
         # zlib finds no room for itself, or Python none for what it has unpacked
         assert re.search(r"train\.jsonl\.gz.*(MemoryError|Error -4 )", run.stderr), run.stderr
     else:  # also inside the start check, which would say that the model is to blame
-        assert run.status == 1 and "--micro_batch_tokens" in run.stderr, run.stderr
+        assert "--micro_batch_tokens" in run.stderr, run.stderr
 
 
 def test_out_of_memory_names_the_way_out(brief, tmp_path, capfd, monkeypatch):
@@ -5889,8 +5882,9 @@ def test_out_of_memory_names_the_way_out(brief, tmp_path, capfd, monkeypatch):
             if name == "check_model":  # inside its block, too
                 patch.undo()
                 patch.setattr(brain, "sequence_log_prob", full)
-            error = refused(capfd, [*SMALL, str(tmp_path / name), *brief], status=1)
-            assert "--micro_batch_tokens" in error
+            argv = [*SMALL, str(tmp_path / name), *brief]
+            error = refused(capfd, argv, status=1 if name == "sample" else 2)  # 2: at the start
+            assert "out of memory: repeat with a lower --micro_batch_tokens" in error
 
 
 def test_other_errors_are_not_of_memory(brief, tmp_path, capfd):
@@ -5960,38 +5954,12 @@ def test_a_diverged_run_says_the_way_out(brief, tmp_path, capfd):
     assert all(word in error for word in ("--overwrite", "--out", "--prior", "--reward"))
 
 
-# -- Long posts ------------------------------------------------------------------------------------
-
-
-def tldr_config(folder: Path) -> brain.Config:
-    """TL;DR from files in a folder."""
-    return config_of("--task", "tldr", "--prior", "p", "--reward", "r", "--data_dir", folder)
-
-
-@pytest.mark.parametrize("what, post", [
-    ("no line end", "my dog was up . " * 1250), ("4,000 lines", "my dog\n" * 4000),
-    ("100,000 characters", "x y " * 25_000)])
-def test_a_long_post_is_cut_in_time(what, post, tmp_path):
-    """Catches a post cut character by character, each time encoded anew (200 s), or all cuts held
-    in memory at once (5 GB)."""
-    tokenizer = build_tokenizer()
-    write_lines(tmp_path / "datasets/tldr_3_filtered/train.jsonl", [
-        make_post(0, [post]), make_post(1, ["short"])])
-    cfg = tldr_config(tmp_path)
-    brain.load_task(cfg, "train", tokenizer)  # warm
-    began = time.process_time()
-    long, short = brain.load_task(cfg, "train", tokenizer)
-    assert time.process_time() - began < 2
-    assert 505 <= len(tokenizer(long.prompt).input_ids) <= 512
-    assert long.prompt.removesuffix(brain.TLDR).split(brain.POST)[1] in post
-
-
 def test_reading_posts_costs_their_encoding(tmp_path):
     """Catches a reader that encodes each post more than once."""
     tokenizer = build_tokenizer()
     rows = [make_post(i, [f"my dog {i} was up and i say no . " * 4]) for i in range(2000)]
     write_lines(tmp_path / "datasets/tldr_3_filtered/train.jsonl", rows)
-    cfg = tldr_config(tmp_path)
+    cfg = config_of("--task", "tldr", "--prior", "p", "--reward", "r", "--data_dir", tmp_path)
     count = itertools.count()
 
     def counting(text, **options):
@@ -6003,25 +5971,6 @@ def test_reading_posts_costs_their_encoding(tmp_path):
 
 
 # -- By the numbers: edits that nothing else notices -----------------------------------------------
-
-
-def test_a_sampled_token_does_not_copy_the_others(monkeypatch):
-    """Catches a cache that is copied whole for each token (a tenth of the time, on a CPU)."""
-    real, copied = brain.DynamicLayer.update, []
-
-    def update(layer, keys, values, *args, **options):
-        copied.append(layer.get_seq_length())
-        return real(layer, keys, values, *args, **options)
-
-    model, prompts = build_model("gpt_neox"), [draw_ids(20, i) for i in range(2)]
-    whole, _ = brain.sample(model, prompts, 4, 20, eos_id=-1,
-                            generator=[brain.make_generator(i) for i in range(2)])
-    monkeypatch.setattr(brain.DynamicLayer, "update", update)
-    again, _ = brain.sample(model, prompts, 4, 20, eos_id=-1,
-                            generator=[brain.make_generator(i) for i in range(2)])
-    assert again == whole and len(whole[0][3]) == 20
-    layers = model.config.num_hidden_layers
-    assert copied.count(0) == layers and len(copied) <= 8 * layers  # 20 + 80 tokens, by quarters
 
 
 def test_samples_of_a_uniform_model_are_the_uniforms_scaled():
@@ -6060,15 +6009,14 @@ def test_epochs_are_permutations_and_differ():
     """Catches prompts that are skipped or seen twice in an epoch, epochs alike, and a seed or a
     stage that does not change them."""
     items = list(range(10))
-    flat = list(itertools.islice(brain.shuffled(items, 0, 7, "brain"), 40))
+    flat = brain.take(items, 0, 40, 7, "brain")
     epochs = [flat[i : i + 10] for i in range(0, 40, 10)]
     assert all(sorted(epoch) == items and epoch != items for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 4
     for key in ((8, "brain"), (7, "sft")):
-        assert list(itertools.islice(brain.shuffled(items, 0, *key), 10)) != epochs[0]
-    for start in (4, 10, 25):  # as a continued run begins
-        assert list(itertools.islice(brain.shuffled(items, start, 7, "brain"), 9)) == flat[
-            start : start + 9]
+        assert brain.take(items, 0, 10, *key) != epochs[0]
+    for start, count in itertools.product((0, 4, 10, 25), (1, 6, 9, 15)):  # within, across epochs
+        assert brain.take(items, start, count, 7, "brain") == flat[start : start + count]
 
 
 class Step:
@@ -6076,7 +6024,10 @@ class Step:
 
     def __init__(self, out: Path, max_grad_norm: float):
         self.cfg, self.device = SimpleNamespace(max_grad_norm=max_grad_norm), "cpu"
-        self.out, self.done, self.state, self.saved = out, 0, {"stage": "sft", "step": 0}, []
+        self.out, self.saved = out, []
+
+    def start(self, stage):
+        return 0
 
     def autocast(self):
         return contextlib.nullcontext()
@@ -6117,12 +6068,10 @@ def test_optimizer_steps_by_hand(tmp_path):
     def loss_of(cfg, model, batch):  # its gradient is the prompts' mean, wherever the weights are
         return model(batch.prompt)[:, 0], {}
 
-    def steps_from(first):
-        for rows in x[first:]:
-            yield [SimpleNamespace(prompt=rows[:4]), SimpleNamespace(prompt=rows[4:])], {}
-
+    drawn = (([SimpleNamespace(prompt=rows[:4]), SimpleNamespace(prompt=rows[4:])], {})
+             for rows in x)
     run = Step(tmp_path, max_grad_norm=0.9)
-    brain.fit(run, "sft", model, 5, 0.1, 2, steps_from, loss_of)
+    brain.fit(run, "sft", model, 5, 0.1, 2, drawn, loss_of)
     gradients = x.mean(1)[:, None]
     want, rates = adamw_by_hand(start, gradients, 0.1, 0.9)
     torch.testing.assert_close(model.weight.detach(), want, rtol=0, atol=2e-5)
@@ -6165,8 +6114,8 @@ def scored_batch(seed=0, b=3, n=4):
 
 @pytest.mark.parametrize("target", ["posterior", "argmax"])
 def test_metrics_by_definition(target, monkeypatch):
-    """Catches reward_spread without kl_coef or with the biased deviation, KL and log-ratios of the
-    wrong pair or direction, and an argmax of the raw reward."""
+    """Catches reward_spread without kl_coef or with the biased deviation, a KL of the wrong pair or
+    direction, and an argmax of the raw reward."""
     batch, log_policy = scored_batch()
     monkeypatch.setattr(brain, "sequence_log_prob", lambda *_, **__: log_policy)
     cfg = dataclasses.replace(brain.Config(), kl_coef=0.7, target=target)
@@ -6186,8 +6135,7 @@ def test_metrics_by_definition(target, monkeypatch):
             "ess_alpha": 1 / sum(w * w for w in alpha), "ess_beta": 1 / sum(w * w for w in beta),
             "reward_spread": statistics.stdev(r) / 0.7,
             "kl_to_prior": sum(w * (a - b) for w, a, b in zip(beta, q, p, strict=True)),
-            "refresh_kl": statistics.mean(moved), "refresh_kl_sd": statistics.stdev(moved),
-            "log_ratio_min": math.log(min(ratio)), "log_ratio_max": math.log(max(ratio))}
+            "refresh_kl": statistics.mean(moved), "refresh_kl_sd": statistics.stdev(moved)}
         assert {name: values[i].item() for name, values in found.items()} == pytest.approx(
             want, abs=1e-5)
         want = sum(a * math.log(a / b) for a, b in zip(alpha, beta, strict=True) if a)
@@ -6198,10 +6146,9 @@ def test_sampling_and_scoring_are_timed(unbroken):
     """Catches a refresh whose time is told nowhere, or with each of its steps."""
     lines = [line for line in lines_of(unbroken.folder) if line["stage"] == "brain"]
     assert len(lines) == 20
-    for line in lines:
-        timed = {name for name in line if name.startswith("seconds_") and line[name] > 0}
-        sampled = {"seconds_sampling"} if line["step"] % 2 == 0 else set()
-        assert timed == sampled | {"seconds_stepping"}
+    for one, other in zip(lines[::2], lines[1::2], strict=True):
+        assert one["seconds_sampling"] > 10 * other["seconds_sampling"] >= 0
+        assert one["seconds_stepping"] > 0 and other["seconds_stepping"] > 0
 
 
 @pytest.mark.parametrize("target", ["posterior", "argmax"])
@@ -6272,16 +6219,15 @@ def test_refreshes_are_split_as_they_are_drawn(brief, tmp_path, monkeypatch):
     prompts = [example.prompt for example in uneven(None, "train")]
     assert len(steps) == 8
     for step, found in enumerate(steps):
-        drawn = brain.shuffled(prompts, 8 * (step // 2), 0, "brain")
-        want = list(itertools.islice(drawn, 8))
+        want = brain.take(prompts, 8 * (step // 2), 8, 0, "brain")
         assert found == sorted(want[:4] if step % 2 == 0 else want[4:])
     assert judged["prior"] == judged["policy"]
     assert len(set(judged["prior"])) == 8 and judged["prior"] != prompts[:8]
 
 
 def test_rows_of_the_evaluation_by_definition(unbroken, monkeypatch):
-    """Catches win rates of the policy's row alone, ties that do not count half, and a standard
-    error of the KL over samples, where it is over prompts."""
+    """Catches a win rate of the wrong side, ties that do not count half, and a standard error of
+    the KL over samples, where it is over prompts."""
     real, groups = brain.sample_batches, {}
 
     def sample_batches(run, models, name, *rest):
@@ -6294,17 +6240,13 @@ def test_rows_of_the_evaluation_by_definition(unbroken, monkeypatch):
     run = fake_run(unbroken.folder, eval_samples=3)
     examples = brain.load_task(run.cfg, "test", run.tokenizer)[:9]
     rows, samples = brain.evaluate(run, models, examples)
-    assert {name: {key for key in row if "win_rate" in key and "ci" not in key}
-            for name, row in rows.items()} == {
-        "prior": {"win_rate_vs_policy", "win_rate_vs_reference"},
-        "policy": {"win_rate_vs_prior", "win_rate_vs_reference"},
-        "reference": {"win_rate_vs_prior", "win_rate_vs_policy"}}
-
     rewards = {name: [x["rewards"] for x in samples if x["model"] == name] for name in rows}
-    for a, b in (("policy", "prior"), ("prior", "reference"), ("reference", "prior")):
-        wins = [statistics.mean((x > y) + 0.5 * (x == y) for x in xs for y in ys)
-                for xs, ys in zip(rewards[a], rewards[b], strict=True)]
-        assert rows[a][f"win_rate_vs_{b}"] == pytest.approx(statistics.mean(wins), abs=1e-6)
+    wins = [statistics.mean((x > y) + 0.5 * (x == y) for x in xs for y in ys)
+            for xs, ys in zip(rewards["policy"], rewards["prior"], strict=True)]
+    assert any(x == y for xs, ys in zip(*rewards.values(), strict=True) for x in xs for y in ys)
+    assert rows["policy"]["win_rate_vs_prior"] == pytest.approx(statistics.mean(wins), abs=1e-6)
+    assert rows["policy"]["win_rate_vs_prior_ci"] == pytest.approx(
+        brain.win_rate(torch.tensor(wins))[1], abs=1e-6)
     for name, batches in groups.items():
         means = []
         for batch in batches:
@@ -6316,20 +6258,20 @@ def test_rows_of_the_evaluation_by_definition(unbroken, monkeypatch):
 
 
 def test_a_step_counts_all_its_micro_batches(tmp_path):
-    """Catches a logged loss, or extremes, of the last micro-batch alone."""
+    """Catches a logged loss of the last micro-batch alone, and one of unequal ones' means."""
     halves = [SimpleNamespace(prompt=torch.zeros(k), part=k) for k in (1, 3)]
 
     def loss_of(cfg, model, batch):
         values = torch.arange(batch.part, dtype=torch.float32) + batch.part
-        return values, {"log_ratio_min": -values, "log_ratio_max": values, "reward": values}
+        return values.requires_grad_(), {"reward": values}
 
-    found = brain.run_losses(Step(tmp_path, 1.0), None, halves, loss_of, train=False)
-    assert found == {"loss": 3.25, "reward": 3.25, "log_ratio_min": -5, "log_ratio_max": 5}
+    found = brain.run_losses(Step(tmp_path, 1.0), None, halves, loss_of)
+    assert found == {"loss": 3.25, "reward": 3.25}
 
 
-def test_held_out_figures_of_the_report(shelf, tmp_path):
-    """Catches a prior or a reward model judged by what it was trained on, and stage 2 trained at
-    stage 1's rate or from a backbone that knows nothing."""
+def test_the_reward_model_begins_from_the_prior(shelf, tmp_path):
+    """Catches stage 2 trained at stage 1's rate or from a backbone that knows nothing, and an
+    accuracy of the wrong side."""
     for k, split in enumerate(("train", "test")):
         write_lines(tmp_path / f"{split}.jsonl", [
             {"prompt": f" why {'so ' * (i + k)}?", "reference": f" {'yes no'.split()[k]} {i} .",
@@ -6348,20 +6290,9 @@ def test_held_out_figures_of_the_report(shelf, tmp_path):
              for name, value in prior.base_model.state_dict().items()]
     assert max(moved) < 1.5e-4  # one step of AdamW from the prior, at reward_lr
 
-    tokenizer, losses, right = build_tokenizer(), [], []
-    for row in map(json.loads, (tmp_path / "test.jsonl").read_text().splitlines()):
-        x = tokenizer(row["prompt"]).input_ids
-        with torch.no_grad():
-            y = [*tokenizer(row["reference"]).input_ids, 0]
-            log_p = prior(torch.tensor([x + y])).logits[0, len(x) - 1 : -1].log_softmax(-1)
-            losses.append(-log_p[range(len(y)), y].mean().item())
-            scores = [reward.score(reward.base_model(torch.tensor(
-                [x + tokenizer(row[name]).input_ids + [0]])).last_hidden_state[0, -1]).item()
-                for name in ("chosen", "rejected")]
-        right.append(scores[0] > scores[1])
-    report = (run.folder / "report.md").read_text()
-    assert f"{statistics.mean(losses):.3f} nats a token on held-out" in report
-    assert f"{statistics.mean(right):.3f} of held-out pairs" in report
+    first = run.metrics("reward")[0]
+    assert first["accuracy"] == pytest.approx((loss < math.log(2)).float().mean().item())
+    assert first["loss"] == pytest.approx(loss.mean().item(), abs=1e-6)
 
 
 # -- Kill -9 before and after every file operation: `python test_brain.py kills` -------------------
@@ -6601,7 +6532,7 @@ def rehearse(family: str, folder: Path, out: str, source: str | None = None) -> 
     global brain
     kept, flags = brain, dict(base=folder / "gpt_neox")
     if family != "gpt_neox":
-        reward = folder / ("bert" if family == "gpt2" else "decoder")
+        reward = folder / ("judge.py" if family == "gpt2" else "scorer")
         flags = dict(prior=folder / family, reward=reward)
     try:
         if source:
@@ -6648,24 +6579,31 @@ def count_waits() -> list[dict]:
         raw, row["judging"] = waits(brain.score_reward, reward, batch)
         batch.scores.update(dict(reward=raw.detach(), raw_reward=raw.detach(), log_prior=log_q,
                                  log_proposal=log_q, eos_share=log_q, response_tokens=log_q))
-        one, two, three = (waits(brain.run_losses, run, policy, [batch] * k, brain.policy_loss,
-                                 True)[1] for k in (1, 2, 3))
+        one, two, three = (waits(brain.run_losses, run, policy, [batch] * k, brain.policy_loss)[1]
+                           for k in (1, 2, 3))
         rows.append(row | dict(training=two - one, again=three - two, metrics=2 * one - two))
     return rows
 
 
+def new_toy():
+    """brain's toy model and tokenizer, on a CPU."""
+    return brain.toy_model(SimpleNamespace(device="cpu"))
+
+
 def pretend(argv: list[str]) -> None:
     """Every run and count of the pretend device, as one JSON object."""
-    folder, checkpoints = map(Path, argv)
+    folder, = map(Path, argv)
     transformers.logging.disable_progress_bar()
-    _, tokenizer = brain.toy_model()
+    _, tokenizer = new_toy()
     for family in FAMILIES:
         config = build_config(family)
         config.vocab_size, config.num_hidden_layers = len(tokenizer), 1  # so that Y can be listed
         for part in (transformers.AutoModelForCausalLM.from_config(config), tokenizer):
             part.save_pretrained(folder / family)
-    (folder / "bert").symlink_to(checkpoints / "bert")
-    (folder / "decoder").symlink_to(checkpoints / "gpt_neox/reward")  # of another tokenizer
+    config.num_labels = 1
+    for part in (transformers.AutoModelForSequenceClassification.from_config(config), tokenizer):
+        part.save_pretrained(folder / "scorer")
+    (folder / "judge.py").write_text("def reward(x, y, z): return [len(text) for text in y]")
     row = dict(prompt="sun the moon", reference="moon", chosen="sun", rejected="the a")
     for split in ("train", "test"):
         write_lines(folder / f"{split}.jsonl", [row | dict(prompt=w + " a") for w in KEY_WORDS])
@@ -6712,14 +6650,14 @@ def said_beside(beside, name: str) -> str:
 
 def work_beside(argv: list[str]) -> None:
     """The comparisons in small and the pretend device, those that are named."""
-    folder, checkpoints, *wanted = argv
+    folder, *wanted = argv
     for name in [name for name in wanted if name != "pretended"]:
         # in a child: no gradient may be computed before the pretend device is there
         child = multiprocessing.Process(target=compare_in_small, args=[Path(folder), name])
         child.start()
         child.join()
     if "pretended" in wanted:
-        pretend([folder, checkpoints])
+        pretend([folder])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -6733,8 +6671,8 @@ def beside(request, tmp_path_factory):
         return
     folder = tmp_path_factory.mktemp("beside")
     with subprocess.Popen(
-            [sys.executable, __file__, "beside", folder, request.getfixturevalue("checkpoints"),
-             *wanted], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, __file__, "beside", folder, *wanted], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}) as process:
         yield process, folder
         process.kill()
@@ -6876,7 +6814,6 @@ def test_the_exact_kl_is_computed_as_in_training(tmp_path, monkeypatch):
 
     under_bf16(monkeypatch)
     tf32, head = torch.backends.cuda.matmul, brain.exact_head
-    tf32.allow_tf32 = True  # as an earlier run leaves it
     torch.backends.cuda.enable_cudnn_sdp(True)
     monkeypatch.setattr(brain, "exact_head", heads)
     watch("check_model", lambda *_: (tf32.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled()))
@@ -6893,7 +6830,7 @@ def test_the_exact_kl_is_computed_as_in_training(tmp_path, monkeypatch):
         return score(model, *rest, **options)
 
     monkeypatch.setattr(brain, "exact_kl", exactly)
-    folder, (_, tokenizer) = tmp_path / "prior", brain.toy_model()
+    folder, (_, tokenizer) = tmp_path / "prior", new_toy()
     config = build_config()
     config.vocab_size = len(tokenizer)
     for part in (transformers.AutoModelForCausalLM.from_config(config), tokenizer):
@@ -6915,8 +6852,8 @@ def test_the_exact_kl_is_computed_as_in_training(tmp_path, monkeypatch):
     assert seen["check_model"] == {(False, False)} and seen["policy_loss"] == {True}
 
 
-@pytest.mark.parametrize("cuda, train", itertools.product((True, False), repeat=2))
-def test_gradients_on_a_card_are_summed_in_one_order(cuda, train, monkeypatch, tmp_path):
+@pytest.mark.parametrize("cuda", [True, False])
+def test_gradients_on_a_card_are_summed_in_one_order(cuda, monkeypatch, tmp_path):
     """Catches a gradient whose sums differ from run to run, so that a killed run does not end as
     another (at 410M parameters from step 0 on, seen on an H200); a mode that is left on, under
     which sampling's cumulative sum would raise; and one that slows a CPU down."""
@@ -6930,9 +6867,9 @@ def test_gradients_on_a_card_are_summed_in_one_order(cuda, train, monkeypatch, t
     run = SimpleNamespace(cfg=None, autocast=contextlib.nullcontext, require=lambda *_: None,
                           device="cuda" if cuda else "cpu")
     batch = SimpleNamespace(prompt=torch.ones(3, 1))
-    found = brain.run_losses(run, None, [batch] * 2, loss_of, train)
+    found = brain.run_losses(run, None, [batch] * 2, loss_of)
     assert found == {"loss": 2.0} and not torch.are_deterministic_algorithms_enabled()
-    assert set(modes) == {cuda and train} and len(modes) == (5 if train else 2)
+    assert set(modes) == {cuda} and len(modes) == 5
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     brain.Run(brain.parse_config(["--out", str(tmp_path / "run"), "--device", "cpu"]))
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # or cuBLAS refuses that mode
@@ -7136,7 +7073,7 @@ def precision(bench: Bench, B: int) -> None:
                           device=bench.args.device)
     twice = []
     for _ in range(2):
-        brain.run_losses(run, bench.policy, [batch], brain.policy_loss, train=True)
+        brain.run_losses(run, bench.policy, [batch], brain.policy_loss)
         twice.append([weight.grad for weight in bench.policy.parameters()])
         bench.policy.zero_grad()
     titles("bf16 against fp32", "found", "expected")
@@ -7181,7 +7118,7 @@ def stopped(device: str, folder: str) -> None:
                  prompts_per_refresh=64, samples_per_prompt=8, lr=2e-3, max_response_tokens=4,
                  max_prompt_tokens=16, max_comparison_tokens=4)
     if device == "cpu":
-        for part in brain.toy_model():
+        for part in new_toy():
             part.save_pretrained(f"{folder}/prior")
         Path(folder, "judge.py").write_text("def reward(x, y, z): return [len(t) for t in y]")
         for split in ("train", "test"):
