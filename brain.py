@@ -146,8 +146,8 @@ def brain_loss(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, rewa
                divergence: str = "forward") -> tuple[Tensor, Weights]:
     """BRAIn's loss, KL(α̂ ‖ β̂) by default, per prompt (B,) in nats, and the detached weights.
     Differentiable in log_policy alone, with gradient −Σᵢ (α̂ᵢ − bᵢ) ∇log q_θ(yᵢ). The baseline
-    b = ∂A/∂log q_θ(yᵢ), which is 0, exp(ρᵢ)/n or β̂ᵢ, comes of a term A(ρ) that estimates the
-    log of Σ_y q_θ(y|x) = 1. Divergence "reverse" is KL(β̂ ‖ α̂), the policy-gradient side. Inputs
+    b = ∂A/∂log q_θ(yᵢ), which is 0, exp(ρᵢ)/n or β̂ᵢ, comes of a term A(ρ), an estimate of the 0
+    that is log Σ_y q_θ(y|x). Divergence "reverse" is KL(β̂ ‖ α̂), the policy-gradient side. Inputs
     and errors: snis_weights; an unknown dial, or reverse with another one turned: ValueError."""
     log_prior, log_proposal, reward = log_prior.detach(), log_proposal.detach(), reward.detach()
     alpha, beta = snis_weights(log_policy, log_prior, log_proposal, reward, kl_coef, target)
@@ -369,8 +369,8 @@ def feed(model, cache, real, tokens, own, step):
     is real of the prompt (rows, P), and what `own` (…, T, T′) allows of the rest."""
     rows, T = tokens.shape
     see = torch.cat([real[:, None].expand(-1, T, -1), own.expand(rows, -1, -1)], -1)
-    mask = torch.where(see, 0.0, MASKED).to(model.dtype)  # added: eager attention would misread
-    position = (real.sum(-1, keepdim=True) + step).expand(-1, T)  # (rows, T)     a boolean one
+    mask = torch.where(see, 0.0, MASKED).to(model.dtype)  # eager attention adds it to its scores
+    position = (real.sum(-1, keepdim=True) + step).expand(-1, T)  # (rows, T)
     return model(tokens.clamp(min=0), attention_mask=mask[:, None], use_cache=True,
                  position_ids=position.clamp(min=0), past_key_values=cache)
 
@@ -472,7 +472,7 @@ def ready(run, model, tokenizer):
 def check_model(cfg, model, R):
     """The start check: a padded batch at the run's n and lengths against plain rows, or Stop."""
     P, V = cfg.max_prompt_tokens, model.config.get_text_config().vocab_size
-    n = 4 * math.ceil(max(cfg.samples_per_prompt, cfg.eval_samples) / 4)  # so the widest row is
+    n = 4 * math.ceil(max(cfg.samples_per_prompt, cfg.eval_samples) / 4)  # the run's, or more
     config, judges = str(model.config), hasattr(model, "score")
     longest = "original_max_position" if "longrope" in config else "(?:max|n)_position"
     sizes = re.findall(rf'"(?:{longest}\w*|sliding_window)": ([1-9]\d*)', config)
@@ -485,7 +485,7 @@ def check_model(cfg, model, R):
         responses = [y[: R - i % R] for i, y in enumerate(ids[1:])]
         batch = pack(prompts, [responses] * 2, model.device)
         layouts = [score_reward(model, batch)] if judges else [
-            sequence_log_prob(model, batch, g=g) for g in (4, n)]  # to score, to sample
+            sequence_log_prob(model, batch, g=g) for g in (4, n)]  # as scored, as sampled
         for b, i in itertools.product((0, 1), (0, n - 1)):
             x, y = prompts[b], responses[i]
             plain = model(torch.tensor([x + y], device=model.device)).logits[0].float()
@@ -506,7 +506,7 @@ def judge_texts(reward, tokenizer, batch):
             refuse_if(len(rows[-1]) != n, f"{n} responses need {n} rewards, not {rows[-1]}")
     return torch.tensor(rows, device=batch.branch.device)
 
-def load_reward(run, source, prior, R):
+def load_reward(run, source, prior):
     """What gives a batch its rewards (B, n): a reward model, or the function of FILE.py."""
     if source.endswith(".py"):
         with explain(source):
@@ -518,17 +518,17 @@ def load_reward(run, source, prior, R):
     V, known = (m.get_input_embeddings().num_embeddings for m in (prior, model))
     refuse_if(ways[0] != ways[1] or V > known or not hasattr(model, "score"),
               f"{source} does not read the prior's tokens: ask it in a FILE.py (see README)")
-    check_model(run.cfg, model, R)
+    check_model(run.cfg, model, run.cfg.max_response_tokens)
     return partial(score_reward, freeze(model, run.dtype))
 
 # ---- A run: its folder, its one state file, its guards ------------------------------------------
-BEFORE = {"lock", "metrics.jsonl", "metrics.jsonl.part", "state.pt.part"}  # the first state
+BEFORE = {"lock", "metrics.jsonl", "metrics.jsonl.part", "state.pt.part"}  # stand before a state
 LEFT = ("report.md", "samples.jsonl", "result.json", "state.pt", "prior", "reward", "policy")
 FREE = ("data_dir", "save_every", "micro_batch_tokens", "out", "overwrite")  # may be changed
 
 class Run:
-    """What the stages share, and the folder, which one process holds. As draws are keyed by (seed,
-    stage, step), a killed run needs stage, step, weights and optimizer to continue, bit for bit."""
+    """What the stages share, and the folder, which one process holds. As keys decide all draws, a
+    killed run needs its stage, step, weights and optimizer to continue, bit for bit."""
 
     def __init__(self, cfg):
         cuda = torch.cuda.is_available() and cfg.device != "cpu"
@@ -548,7 +548,7 @@ class Run:
         print(f"{self.where}: {self.out}, stage {self.state['stage']}, step {self.state['step']}")
 
     def claim(self):
-        """Lock the folder until this process ends, and continue what it holds, or Stop."""
+        """Lock the folder for this run, and continue what it holds, or Stop."""
         cfg, out = self.cfg, self.out
         for name in ("base", "prior", "reward", "data_dir"):
             inside = Path(getattr(cfg, name) or "/").resolve().is_relative_to(out.resolve())
@@ -635,7 +635,7 @@ class Run:
 REPORTED = ("reward", "raw_reward", "eos_share", "response_tokens")  # of each response
 
 def make_generator(*key):
-    """A generator that its key decides: (seed, stage, step, …)."""
+    """A generator that its key decides: (seed, stage, …)."""
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
 
 def take(examples, first, count, *key):
@@ -743,7 +743,7 @@ def policy_loss(cfg, model, batch):
     loss, (alpha, beta) = brain_loss(log_policy, log_prior, log_proposal, reward, cfg.kl_coef,
                                      target=cfg.target, baseline=cfg.baseline,
                                      divergence=cfg.divergence)
-    moved = log_proposal - log_prior  # (b, n) at step 0, what rounding makes of 0
+    moved = log_proposal - log_prior  # (b, n) at step 0, it is 0 but for rounding
     return loss, {name: batch.scores[name].mean(-1) for name in REPORTED} | {
         "ess_alpha": effective_sample_size(alpha), "ess_beta": effective_sample_size(beta),
         "reward_spread": reward.std(-1) / cfg.kl_coef,
@@ -808,7 +808,7 @@ def brain_steps(run, models, examples, listed):
     for refresh in itertools.count(run.start("brain") // turns):
         part = take(examples, refresh * size * turns, size * turns, cfg.seed, "brain")
         generators = [make_generator(cfg.seed, "brain", refresh, i - i % size, i % size)
-                      for i in range(len(part))]
+                      for i in range(len(part))]  # a key is of its step's first prompt, and place
         steps = sample_batches(run, models, name, part, cfg.samples_per_prompt, generators, size)
 
         metrics = {}
@@ -821,7 +821,7 @@ def brain_steps(run, models, examples, listed):
 
 # ---- Evaluation and report ----------------------------------------------------------------------
 def win_rate(wins):
-    """Win rate and 95 % interval of shares (P ≥ 3,): Wilson's, of as many trials as err as much."""
+    """Win rate and 95 % interval of P ≥ 3 shares: Wilson's, for trials with the same error."""
     rate, spread, P = wins.mean().item(), wins.var(correction=0).item(), len(wins)
     most = rate * (1 - rate)  # the spread if each prompt is won or lost whole
     luck = 0.014 / P  # near 0 or 1 few prompts may look alike for want of a rare kind: trust `most`
@@ -867,7 +867,7 @@ def evaluate(run, models, examples):
         for batch in batches:
             scored = batch.examples, batch.responses, batch.scores["reward"].tolist()
             for example, ys, worth in zip(*scored, strict=True):
-                keys = [(example.prompt, *y) for y in ys]  # equal ids have equal rewards
+                keys = [(*example, *y) for y in ys]  # equal ids have equal rewards
                 samples.append(dict(prompt=example.prompt, model=name,
                                     rewards=[*map(known.setdefault, keys, worth)],
                                     responses=run.tokenizer.batch_decode(ys)))
@@ -959,23 +959,22 @@ def new_reward_model(run, prior):
 def prepare(run):
     """Models and data, all read and found good before anything is written to the run's folder."""
     cfg, stage, reward = run.cfg, run.state["stage"], None
-    longest = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
     torch.manual_seed(cfg.seed)  # decides what is not read from a file
     source = cfg.prior or (cfg.base if stage == "sft" else f"{run.out}/prior")
     prior, run.tokenizer = load(run, AutoModelForCausalLM, source) if source else toy_model(run)
     check_model(cfg, prior, cfg.max_response_tokens)
     if source := cfg.reward or (stage == "brain" and f"{run.out}/reward"):
-        run.reward = load_reward(run, source, prior, longest)
+        run.reward = load_reward(run, source, prior)
     else:
         reward = new_reward_model(run, prior)
-        check_model(cfg, reward, longest)
+        check_model(cfg, reward, max(cfg.max_response_tokens, cfg.max_comparison_tokens))
         run.reward = partial(score_reward, reward)
 
     train, test = (load_task(cfg, part, run.tokenizer) for part in ("train", "test"))
     for name, text in ("prior", "reference"), ("reward", "chosen"):
         refuse_if(not getattr(cfg, name) and all(getattr(row, text) is None for row in train),
                   f"train has no row with a {text} text; add some, or give --{name}")
-    judge(run, text_batches(run, train[:1], ("prompt",) * 2, longest)[0])  # tries a reward of texts
+    judge(run, text_batches(run, train[:1], ("prompt",) * 2, 8)[0])  # tries a reward of texts
     run.begin(prior.num_parameters())
     print(cfg, flush=True)
     return prior, reward, train, test
@@ -1015,7 +1014,7 @@ def execute(run):
     report(run, rounded(result, 6), rows, samples)
 
 def main(argv: list[str] | None = None) -> int:
-    """0: done; 1: a check failed or a guard stopped the run; 2: bad input; 130: Ctrl-C."""
+    """0: done; 1: a failed check, a guard or an error; 2: bad input; 130: Ctrl-C."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading weights, and all of the hub's
     if hasattr(sys.stdout, "reconfigure"):  # a terminal without UTF-8 stops nothing

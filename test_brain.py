@@ -5514,9 +5514,9 @@ def test_one_end_of_text():
 
 def rewarder(source, prior):
     """Run's part that load_reward reads: the prior's tokenizer on a CPU."""
-    cfg = brain.Config(max_prompt_tokens=16, samples_per_prompt=4)
+    cfg = brain.Config(max_prompt_tokens=16, max_response_tokens=8, samples_per_prompt=4)
     run = SimpleNamespace(cfg=cfg, device="cpu", dtype=torch.float32, tokenizer=build_tokenizer())
-    return brain.load_reward(run, str(source), prior, 8)
+    return brain.load_reward(run, str(source), prior)
 
 
 @pytest.mark.parametrize("difference", ["nothing", "eos", "bos", "embeddings"])
@@ -5577,6 +5577,19 @@ def test_equal_ids_tie(monkeypatch, unbroken):
         for text, reward in zip(sample["responses"], sample["rewards"], strict=True):
             found.setdefault((sample["prompt"], text), set()).add(reward)
     assert len(found) < 16 * 16 and all(len(rewards) == 1 for rewards in found.values())
+
+
+def test_references_decide_between_equal_prompts(rack, tmp_path):
+    """Catches a reward of FILE.py that is taken from another row with the same prompt."""
+    (tmp_path / "r.py").write_text("def reward(p, y, references): return map(len, references)")
+    rows = [{"prompt": " why ?", "reference": " no" * i} for i in range(1, 5)]
+    for split in ("train", "test"):
+        write_lines(tmp_path / f"{split}.jsonl", rows)
+    run = launch(tmp_path / "run", task="jsonl", prior=rack["prior"], reward=tmp_path / "r.py",
+                 data_dir=tmp_path, steps=1, prompts_per_refresh=4, missing_eos_penalty=0)
+    assert run.status == 0, run.stderr
+    assert sorted(x for line in run.samples("policy") for x in line["rewards"]) == [
+        3, 3, 6, 6, 9, 9, 12, 12]
 
 
 def fake_run(folder: Path, **changes):
