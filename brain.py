@@ -536,6 +536,7 @@ class Run:
         torch.backends.cuda.enable_cudnn_sdp(False)  # 0.1 to 3 s for each new shape on an H200
         torch.backends.cuda.matmul.allow_tf32 = False  # the start check is exact
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see run_losses
+
         self.device = "cuda" if cuda else "cpu"
         self.dtype = torch.bfloat16 if cuda else torch.float32  # of frozen matrices and of compute
         self.autocast = partial(torch.autocast, self.device, torch.bfloat16, cuda)
