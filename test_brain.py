@@ -5586,8 +5586,10 @@ def test_references_decide_between_equal_prompts(rack, tmp_path):
     for split in ("train", "test"):
         write_lines(tmp_path / f"{split}.jsonl", rows)
     run = launch(tmp_path / "run", task="jsonl", prior=rack["prior"], reward=tmp_path / "r.py",
-                 data_dir=tmp_path, steps=1, prompts_per_refresh=4, missing_eos_penalty=0)
+                 data_dir=tmp_path, steps=1, prompts_per_refresh=4, missing_eos_penalty=0,
+                 max_response_tokens=1, temperature=0.01)
     assert run.status == 0, run.stderr
+    assert len({x for line in run.samples("policy") for x in line["responses"]}) == 1
     assert sorted(x for line in run.samples("policy") for x in line["rewards"]) == [
         3, 3, 6, 6, 9, 9, 12, 12]
 
@@ -6114,6 +6116,24 @@ def test_first_supervised_loss_by_plain_rows(shelf, tmp_path):
     assert run.metrics("sft")[0]["loss"] == pytest.approx(statistics.mean(losses), abs=1e-5)
 
 
+def test_stages_of_texts_see_each_row_once_an_epoch(shelf, tmp_path):
+    """Catches steps of stage 1 or 2 that are all of the first rows, and rows that are left out."""
+    for split in ("train", "test"):
+        write_lines(tmp_path / f"{split}.jsonl", [
+            {"prompt": f" why{' so' * i} ?", "reference": " yes", "chosen": " no .",
+             "rejected": f"{' no' * (i + 1)}"} for i in range(6)])
+    with recorded("text_batches") as calls:
+        run = launch(tmp_path / "run", task="jsonl", base=shelf["prior"], data_dir=tmp_path,
+                     sft_batch=2, sft_epochs=2, reward_batch=3, reward_epochs=2, steps=1,
+                     prompts_per_refresh=4)
+    assert run.status == 0, run.stderr
+    for columns, size in ((("reference",), 2), (("chosen", "rejected"), 3)):
+        drawn = [row for (_, rows, names, _), _ in calls if names == columns for row in rows]
+        epochs = drawn[:6], drawn[6:]
+        assert all(len(set(epoch)) == 6 for epoch in epochs) and epochs[0] != epochs[1]
+        assert len(run.metrics("sft" if size == 2 else "reward")) == 12 // size
+
+
 def scored_batch(seed=0, b=3, n=4):
     """A batch whose scores are all unlike, and a policy's log-probabilities."""
     scores = torch.randn(6, b, n, generator=torch.Generator().manual_seed(seed))
@@ -6290,7 +6310,7 @@ def test_the_reward_model_begins_from_the_prior(shelf, tmp_path):
             {"prompt": f" why {'so ' * (i + k)}?", "reference": f" {'yes no'.split()[k]} {i} .",
              "chosen": f" {WORDS[7 * i + k]}", "rejected": f" {WORDS[5 * i + k + 1]} no"}
             for i in range(5)])
-    with recorded("preference_loss") as calls:
+    with recorded("preference_loss") as calls, recorded("sample_batches") as sampled:
         run = launch(tmp_path / "run", task="jsonl", base=shelf["prior"], data_dir=tmp_path,
                      sft_batch=5, reward_batch=5, sft_lr=1e-2, reward_lr=1e-4, steps=1,
                      prompts_per_refresh=4)
@@ -6301,7 +6321,9 @@ def test_the_reward_model_begins_from_the_prior(shelf, tmp_path):
         (transformers.AutoModelForSequenceClassification, "reward")))
     moved = [(reward.base_model.state_dict()[name] - value).abs().max().item()
              for name, value in prior.base_model.state_dict().items()]
-    assert max(moved) < 1.5e-4  # one step of AdamW from the prior, at reward_lr
+    assert 0 < max(moved) < 1.5e-4  # one step of AdamW from the prior, at reward_lr
+    for name, value in sampled[0][0][1]["prior"].state_dict().items():  # which it leaves alone
+        assert torch.equal(value, prior.state_dict()[name]), name
 
     first = run.metrics("reward")[0]
     assert first["accuracy"] == pytest.approx((loss < math.log(2)).float().mean().item())
