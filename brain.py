@@ -540,7 +540,8 @@ class Run:
         self.device = "cuda" if cuda else "cpu"
         self.dtype = torch.bfloat16 if cuda else torch.float32  # of frozen matrices and of compute
         self.autocast = partial(torch.autocast, self.device, torch.bfloat16, cuda)
-        self.cfg, self.out = replace(cfg, device=self.device), Path(cfg.out)
+        self.cfg = replace(cfg, device=self.device)
+        self.out = Path(cfg.out)
         self.where = torch.cuda.get_device_name() if cuda else "cpu"  # later stage and step
         self.tokenizer = self.reward = None  # see prepare
         self.state = {"stage": "sft", "step": 0, "metrics": ""}
