@@ -58,7 +58,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import file_download
+from huggingface_hub import file_download, utils
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -540,8 +540,7 @@ class Run:
         self.device = "cuda" if cuda else "cpu"
         self.dtype = torch.bfloat16 if cuda else torch.float32  # of frozen matrices and of compute
         self.autocast = partial(torch.autocast, self.device, torch.bfloat16, cuda)
-        self.cfg = replace(cfg, device=self.device)
-        self.out = Path(cfg.out)
+        self.cfg, self.out = replace(cfg, device=self.device), Path(cfg.out)
         self.where = torch.cuda.get_device_name() if cuda else "cpu"  # later stage and step
         self.tokenizer = self.reward = None  # see prepare
         self.state = {"stage": "sft", "step": 0, "metrics": ""}
@@ -1019,6 +1018,7 @@ def main(argv: list[str] | None = None) -> int:
     """0: done; 1: a failed check, a guard or an error; 2: bad input; 130: Ctrl-C."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading weights, and all of the hub's
+    utils.logging.set_verbosity_error()  # or each retry is told before the one line
     if hasattr(sys.stdout, "reconfigure"):  # a terminal without UTF-8 stops nothing
         sys.stdout.reconfigure(errors="replace")
 

@@ -5902,6 +5902,13 @@ def test_out_of_memory_names_the_way_out(brief, tmp_path, capfd, monkeypatch):
             assert "out of memory: repeat with a lower --micro_batch_tokens" in error
 
 
+def test_the_hub_is_silent(capsys):
+    """Catches the hub's retries told line by line where a model's name cannot be reached."""
+    hub = huggingface_hub.utils.logging
+    hub.set_verbosity_warning()
+    assert brain.main(["--check"]) == 0 and hub.get_verbosity() == hub.ERROR
+
+
 def test_other_errors_are_not_of_memory(brief, tmp_path, capfd):
     """Catches an error that is told as one of memory for a word in it, here in a file's name."""
     folder = tmp_path / "allocate"
