@@ -1,7 +1,7 @@
 # make run: the toy task · make test: every test · make check: the derivations · make bench,
-# make compare: the README's tables · make gpu: what a GPU must show · make tldr: TL;DR on one GPU
+# make compare: the README's tables · make tldr: TL;DR on one GPU
 PYTHON ?= python3
-.PHONY: run test check bench compare gpu tldr
+.PHONY: run test check bench compare tldr
 
 run: .venv/ready
 	.venv/bin/python brain.py --task toy
@@ -17,9 +17,6 @@ bench: .venv/ready
 
 compare: .venv/ready
 	.venv/bin/python test_brain.py compare
-
-gpu: .venv/ready
-	.venv/bin/python test_brain.py gpu
 
 tldr: .venv/ready
 	.venv/bin/python brain.py --task tldr
