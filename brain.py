@@ -142,8 +142,9 @@ def brain_loss(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, rewa
                divergence: str = "forward") -> tuple[Tensor, Weights]:
     """BRAIn's loss, KL(α̂ ‖ β̂) by default, per prompt (B,) in nats, and the detached weights.
 
-    It is differentiable in log_policy alone, with gradient −Σᵢ (α̂ᵢ − bᵢ) ∇log q_θ(yᵢ). The
-    baseline b is the slope of A(ρ), an estimate of log Σ_y q_θ(y|x), which is 0:
+    It is Σ α̂ (log nα̂ − ρ) + A(ρ), differentiable in log_policy alone, with the gradient
+    −Σᵢ (α̂ᵢ − bᵢ) ∇log q_θ(yᵢ). A(ρ) estimates log Σ_y q_θ(y|x) = 0, and its slope in ρ is the
+    baseline b:
 
         baseline          A(ρ), ρ = log q_θ − log q′    b           as in
         none              0                             0           DPG
@@ -242,7 +243,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
         refuse_if(type(value) in (int, float) and not least <= value <= 1e9,
                   f"--{name} must be between {least} and 1e9, not {value}")
     refuse_if(cfg.base and cfg.prior, "--base is fine-tuned into the prior: give only one of them")
-    refuse_if(cfg.task != "toy" and not (cfg.base or cfg.prior), "--base or --prior is needed")
+    refuse_if(cfg.task != "toy" and not (cfg.base or cfg.prior or cfg.check),
+              "--base or --prior is needed")
     refuse_if(cfg.prompts_per_refresh % cfg.prompts_per_step,
               "--prompts_per_refresh must be a multiple of --prompts_per_step")
     refuse_if(cfg.divergence != "forward" and (cfg.target, cfg.baseline) != STANDARD,
@@ -256,6 +258,7 @@ TLDR, TURN = "\n\nTL;DR:", "\n\nAssistant:"
 KEYS, FILLERS = "sun moon star rain".split(), "the a of in".split()
 Example = namedtuple("Example", "prompt reference chosen rejected", defaults=[None] * 3)
 # All are texts, but the prompt may be a chat: a list of messages, each with a role and a content.
+# An answer brings its own leading space. Stage 1 reads references, stage 2 chosen and rejected.
 
 def fetch(cfg, url, name):
     """The path of file NAME below --data_dir, downloaded from url/NAME if it is absent."""
@@ -301,6 +304,7 @@ def parse_example(row):
             given[key] = chat if key == "prompt" else chat[0]["content"]
         elif value is not None:
             given[key] = text_at(row, key)
+
     refuse_if(not str(given.get("prompt", "")).strip(), "a row needs a prompt")
     refuse_if(("chosen" in given) != ("rejected" in given), "chosen and rejected need each other")
     return Example(**given)
@@ -394,7 +398,6 @@ def render(tokenizer, prompt, answer=None):
     """The text of a prompt, or of an answer to it; of a chat, as the tokenizer's template says."""
     if isinstance(prompt, str):
         return prompt if answer is None else answer
-    refuse_if(not tokenizer.chat_template, "its tokenizer has no chat template for messages")
     template = partial(tokenizer.apply_chat_template, tokenize=False)
     with explain(f"the chat template does not take {str(prompt)[-99:]}"):
         text = template(prompt, add_generation_prompt=True)
@@ -456,8 +459,8 @@ def check_texts(tokenizer, examples):
 #                        ·  x₁ x₂    x₃ᵃ y₁ᵃ y₂ᵃ x₃ᵇ y₁ᵇ y₂ᵇ       (cache, then row of branches)
 #          predicts y₂ᵃ     #  #     #   #
 #          predicts y₂ᵇ     #  #                 #   #
-# Scoring feeds whole branches, g = gcd(n, 4) to a row, the fastest (README, "The cost of a step");
-# sampling a token of each of the n at a time. P + nR tokens, where rows cost n(P + R).
+# Scoring feeds whole branches, g = gcd(n, 4) to a row, the fastest (README, "The cost of a step").
+# Sampling feeds one token of each of the n at a time. Both cost P + nR tokens, and rows n(P + R).
 
 MASKED = torch.finfo(torch.bfloat16).min  # finite in bf16 and fp32
 
@@ -467,9 +470,9 @@ class Batch:
     prompt: Tensor  # (B, P) ids, left-padded by one −1 or more, without the last one
     branch: Tensor  # (B, n, 1 + R) ids: the prompt's last one, then the response's, right-padded
     length: Tensor  # (B, n) tokens of each response
-    prompts: list  # ids as they were given, as are
-    responses: list
-    examples: list | None = None  # of which the prompts are
+    prompts: list  # the prompts' ids, whole
+    responses: list  # the responses' ids
+    examples: list | None = None  # the Examples of which the prompts are
     log_sampled: Tensor | None = None  # log q′, by the sampler itself
     log_prior: Tensor | None = None  # log p and log q′, scored
     log_proposal: Tensor | None = None
@@ -589,7 +592,7 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
     return [rows[i : i + n] for i in range(0, len(rows), n)], log_q[..., 0]
 
 def exact_head(head, hidden):
-    """A head computes in fp32 under autocast, too: bf16 logits cost 0.2 nats over 53 tokens."""
+    """A head computes in fp32 (TF32 in stage 3), as bf16 logits cost 0.2 nats over 53 tokens."""
     with torch.autocast(hidden.device.type, enabled=False):
         return head(hidden.float())
 
@@ -685,7 +688,8 @@ def users_code(path):
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        with explain(f"{path}:{[0, *lines][-1]}"):
+        line = lines[-1] if lines else getattr(error, "lineno", 1)  # of a SyntaxError
+        with explain(f"{path}:{line}"):
             raise
     finally:
         torch.set_default_dtype(dtype)
@@ -746,8 +750,9 @@ EARLY = {"lock", "state.pt.part"}  # may lie there before a state
 FREE = ("data_dir", "save_every", "micro_batch_tokens", "out")  # flags that a resume may change
 
 class Run:
-    """What the stages share, and the folder, which one process holds. As keys decide all draws, a
-    killed run needs its stage, step, weights and optimizer to continue, bit for bit on a CPU."""
+    """What the stages share, and the folder, which one process holds. Each draw has a key of its
+    own (make_generator), so a killed run needs no more than its stage, step, weights and optimizer
+    to continue, on a CPU bit for bit."""
 
     def __init__(self, cfg):
         cuda = torch.cuda.is_available() and cfg.device != "cpu"
@@ -867,8 +872,8 @@ def take(examples, first, count, *key):
     return [examples[i] for i in order[first % N :][:count]]
 
 def split_batches(run, examples, responses, log_sampled=None):
-    """Micro-batches of n responses (ids) to each of the examples, sorted by the prompts' lengths;
-    V logits take the memory of V/2¹⁶ tokens more."""
+    """Micro-batches of n responses (ids) to each of the examples, sorted by the prompts' lengths.
+    A response token counts as 1 + V/2¹⁶ tokens, for its V logits."""
     prompts = [encode_prompt(run.tokenizer, example.prompt) for example in examples]
     longest = max(map(len, itertools.chain(*responses)))
     tokens = max(map(len, prompts)) + len(responses[0]) * longest * (1 + len(run.tokenizer) / 2**16)
@@ -927,7 +932,7 @@ def score_rollouts(run, prior, proposal, examples, responses, log_sampled, step_
 
         gap, length = batch.log_sampled - batch.log_proposal, batch.length  # (b, n)
         same = gap.abs() <= 2e-3 / 53 * length.clamp(min=53)  # measured: 1.8e-4 nats in 53 tokens
-        if run.dtype is torch.bfloat16:  # rounding walks at random, a wrong sampler to one side
+        if run.dtype is torch.bfloat16:  # rounding has mean 0 and a small spread
             unbiased = gap.sum().abs() / length.sum() <= 0.01 + 0.1 / length.sum().sqrt()
             small = (gap.square() / length).mean() <= 0.15**2  # measured: 0.012² on an H200
             same = (unbiased & small).expand_as(gap)
@@ -952,7 +957,7 @@ def policy_loss(run, policy, batch):
     loss, (alpha, beta) = brain_loss(
         log_policy, log_prior, log_proposal, batch.reward, cfg.kl_coef,
         target=cfg.target, baseline=cfg.baseline, divergence=cfg.divergence)
-    moved = log_proposal - log_prior  # (b, n) at step 0, it is 0 but for rounding
+    moved = log_proposal - log_prior  # (b, n) log q′/p, before the first step what rounding makes
     return loss, {name: values.mean(-1) for name, values in batch.figures().items()} | {
         "ess_alpha": effective_sample_size(alpha), "ess_beta": effective_sample_size(beta),
         "reward_spread": batch.reward.std(-1) / cfg.kl_coef,
@@ -960,23 +965,24 @@ def policy_loss(run, policy, batch):
         "refresh_kl": moved.mean(-1), "refresh_kl_sd": moved.std(-1)}
 
 def accumulate_gradient(run, model, batches, loss_of):
-    """The gradient of the mean loss over all prompts, and metrics; under no_grad, metrics alone."""
+    """Add up the gradient of the mean loss over all prompts; returns the means of loss and metrics.
+    A frozen model gets no gradient."""
     found, total = [], sum(len(batch.examples) for batch in batches)
     for batch in batches:
         loss, metrics = loss_of(run, model, batch)  # (b,) each
         run.require(loss.isfinite()[:, None], "the loss is not finite", batch)
         if loss.requires_grad:
-            (loss.sum() / total).backward()  # adds up to the gradient of the mean over all
+            (loss.sum() / total).backward()
         found.append({"loss": loss.detach(), **metrics})
     return {name: torch.cat([part[name] for part in found]).mean().item() for name in found[0]}
 
 class Stage:
     """A stage of training: its optimizer, and where the last state says that it continues. A line
-    is shown every `refresh` steps, a state is saved every save_every, a multiple of these."""
+    is shown every `period` steps, and a state is saved every --save_every, in whole periods."""
 
-    def __init__(self, run, name, model, steps, lr, refresh):
+    def __init__(self, run, name, model, steps, lr, period):
         self.run, self.name, self.model = run, name, model.requires_grad_()
-        self.steps, self.lr, self.refresh = steps, lr, refresh
+        self.steps, self.lr, self.period = steps, lr, period
         self.optimizer = torch.optim.AdamW(model.parameters(), eps=1e-5, weight_decay=0)
         self.start = run.state["step"] if run.state["stage"] == name else 0
         if self.start:
@@ -990,8 +996,9 @@ class Stage:
             self.step, self.run.progress = step, f"{self.name}, step {step}"
             yield step
 
-    def update(self, metrics, batch):
-        """3.4 Step: AdamW at a rate that falls linearly to 0; log it, save the state when due."""
+    def update(self, metrics, shown):
+        """3.4 Step: AdamW at a rate that falls linearly to 0. It is logged, and when that is due, a
+        sample of the batch `shown` is printed and the state is saved."""
         run, rate, done = self.run, self.lr * (1 - self.step / self.steps), self.step + 1
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), run.cfg.max_grad_norm)
         if not norm.isfinite():
@@ -1003,13 +1010,13 @@ class Stage:
         spent = time.time() - self.began
         self.log(step=self.step, **metrics, gradient_norm=norm.item(), learning_rate=rate,
                  seconds_stage=spent, peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9)
-        if self.step % self.refresh == 0:
+        if self.step % self.period == 0:
             left = spent / (done - self.start) * (self.steps - done) / 60
             figures = [f"{key} {metrics[key]:.3g}" for key in SHOWN if key in metrics]
-            x, y = map(run.tokenizer.decode, (batch.prompts[0], batch.responses[0][0]))
+            x, y = map(run.tokenizer.decode, (shown.prompts[0], shown.responses[0][0]))
             tqdm.write(f"{run.progress} of {self.steps}: {', '.join(figures)}; {spent:.0f} s, "
                        f"{left:.0f} min left; …{x[-40:]!r} → {y[:100]!r}")
-        save_every = math.ceil(run.cfg.save_every / self.refresh) * self.refresh
+        save_every = math.ceil(run.cfg.save_every / self.period) * self.period
         if done % save_every == 0 or done == self.steps:
             run.save(self.name, done, model=self.model.state_dict(),
                      optimizer=self.optimizer.state_dict())
@@ -1055,7 +1062,7 @@ def train_policy(run, prior, policy, examples, listed):
     the steps up to the next refresh."""
     cfg, size, n = run.cfg, run.cfg.prompts_per_step, run.cfg.samples_per_prompt
     refresh = cfg.prompts_per_refresh // size  # steps from one to the next
-    proposal = policy if cfg.proposal == "lagged" else prior
+    proposal = policy if cfg.proposal == "lagged" else prior  # scored before it moves
 
     stage = Stage(run, "brain", policy, cfg.steps, cfg.lr, refresh)
     for step in stage:
@@ -1064,17 +1071,17 @@ def train_policy(run, prior, policy, examples, listed):
             drawn = take(examples, step * size, refresh * size, cfg.seed, "brain")
             generators = [make_generator(cfg.seed, "brain", step, i) for i in range(len(drawn))]
             samples = sample_rollouts(run, proposal, drawn, n, generators)  # 3.1 sample
-            batches = score_rollouts(run, prior, proposal, drawn, *samples, size)  # 3.2 score
+            steps = score_rollouts(run, prior, proposal, drawn, *samples, size)  # 3.2 score
             if listed and step // refresh % max(1, cfg.steps // refresh // 5) == 0:
                 metrics["kl_to_posterior"] = exact_kl(run, policy, listed)
-        metrics |= accumulate_gradient(run, policy, batches[place], policy_loss)  # 3.3 weigh
-        stage.update(metrics, batches[place][0])  # 3.4 step
+        metrics |= accumulate_gradient(run, policy, steps[place], policy_loss)  # 3.3 weigh
+        stage.update(metrics, steps[place][0])  # 3.4 step
     policy.requires_grad_(False)
 
 # ---- Evaluation and report ----------------------------------------------------------------------
 def mean_se(values):
-    """Mean and standard error, over prompts, of a figure of each response (P, m)."""
-    means = values.double().mean(-1)  # (P,)
+    """Mean and standard error, over prompts, of a figure of each response (B, m)."""
+    means = values.double().mean(-1)  # (B,)
     return means.mean().item(), means.std().item() / math.sqrt(len(means))
 
 @torch.no_grad()
@@ -1105,16 +1112,16 @@ def exact_kl(run, model, listed):
 def evaluate(run, models, examples):
     """Stage 4: figures, (mean, standard error), of prior, policy and references (if all prompts
     have one), and a row of samples.jsonl for each prompt and author."""
-    cfg, P, figures, samples, rewards, known = run.cfg, len(examples), {}, [], {}, {}
+    cfg, B, figures, samples, rewards, known = run.cfg, len(examples), {}, [], {}, {}
     for author in ("prior", "policy", "reference"):
         if model := models.get(author):
-            generators = [make_generator(cfg.seed, "eval", author, i) for i in range(P)]
+            generators = [make_generator(cfg.seed, "eval", author, i) for i in range(B)]
             drawn = sample_rollouts(run, model, examples, cfg.eval_samples, generators)
-            batches, = score_rollouts(run, models["prior"], model, examples, *drawn, P)
+            batches, = score_rollouts(run, models["prior"], model, examples, *drawn, B)
         else:
             limit = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
             given = encode_answers(run, examples, ["reference"], limit)
-            if len(given) < P:
+            if len(given) < B:
                 continue
             batches = split_batches(run, *zip(*given, strict=True))
             for batch in batches:
@@ -1132,11 +1139,11 @@ def evaluate(run, models, examples):
                 keys = [(repr(example), *y) for y in ys]  # equal responses have equal rewards
                 samples.append(dict(prompt=example.prompt, model=author, responses=texts,
                                     rewards=[*map(known.setdefault, keys, worth)]))
-        rewards[author] = torch.tensor([row["rewards"] for row in samples[-P:]]).double()  # (P, m)
+        rewards[author] = torch.tensor([row["rewards"] for row in samples[-B:]]).double()  # (B, m)
 
     for author, other in ("policy", "prior"), ("policy", "reference"), ("prior", "reference"):
         if other in rewards:
-            gaps = rewards[author][:, :, None] - rewards[other][:, None]  # (P, m, m′)
+            gaps = rewards[author][:, :, None] - rewards[other][:, None]  # (B, m, m′)
             wins = (1 + gaps.sign()) / 2  # a tie is half
             figures[author][f"win_rate_vs_{other}"] = mean_se(wins.flatten(1))
     return figures, samples
@@ -1146,7 +1153,7 @@ def report(run, result, figures, samples):
     cfg = run.cfg
     usual = asdict(Config(task=cfg.task, device=cfg.device)) | TASKS[cfg.task].preset
     flags = [f"--{key} {value}" for key, value in asdict(cfg).items()
-             if key not in FREE and value != usual[key]]
+             if key not in FREE and value not in (None, usual[key])]
     table = ["| | " + " | ".join(figures) + " |", "|---" * (1 + len(figures)) + "|"]
     for key in dict.fromkeys(itertools.chain(*figures.values())):
         cells = [figures[author].get(key) for author in figures]
