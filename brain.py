@@ -803,7 +803,7 @@ class Run:
             free += f" and {torch.cuda.mem_get_info()[0] / 1e9:.3g} GB of memory"
         print(f"needed: {36e-9 * parameters:.2g} GB of disk, {24e-9 * parameters:.2g} GB of memory "
               f"and what --micro_batch_tokens adds; free: {free}")
-        with explain(f"--out {self.out} cannot be written"):
+        with explain(f"--out {self.out} cannot be written", Guard):
             if "config" not in self.state:  # the folder has a state, whenever a kill may come
                 self.save(self.state["stage"], 0)
             self.write("metrics.jsonl", self.state["metrics"])

@@ -13,69 +13,25 @@ Part 1 needs no model: read it beside `brain_loss`. The others share the tiny mo
 three ways to run the program: `launch` it here, `fork` it, be `refused` by it.
 """
 
-import argparse
-import collections
-import contextlib
-import copy
-import errno
-import fcntl
-import functools
-import gzip
-import http.server
-import importlib.util
-import inspect
-import io
 import itertools
-import json
-import locale
 import math
-import multiprocessing
-import os
-import random
-import re
-import resource
-import runpy
-import shlex
-import shutil
-import signal
-import statistics
-import string
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-import types
-import unicodedata
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
-from unittest import mock
 
-import filelock
-import huggingface_hub
 import pytest
-import safetensors.torch
-import tokenizers
 import torch
 import torch.nn.functional as F
-import transformers
-from torch import Tensor
-from tqdm import tqdm
 
 import brain
 
 # ---- 1 Derivations: float64, each identity on a second path, in exp, log and sums ----------------
 # q, p, q1 and r are log q_θ (policy), log p (prior), log q′ (proposal) and the reward, (B, n).
+# ρ is q − q1, d is p + r/kl_coef − q, and α̂ and β̂ are the shares of posterior and policy.
 
 KL = 0.7  # kl_coef ≠ 1, so that a product in place of a quotient shows
 BASELINES = ("none", "unnormalized", "self_normalized")
 DIVERGENCES = ("forward", "reverse", "log_variance")
 DIALS = {name: {"baseline": name} for name in BASELINES} | {"argmax": {"target": "argmax"}}
-DIALS |= {name: {"divergence": name} for name in DIVERGENCES[1:]}  # self_normalized is the default
+DIALS |= {name: {"divergence": name} for name in DIVERGENCES[1:]}  # the baselines run "forward"
 TENSORS = ("log_policy", "log_prior", "log_proposal", "reward")
 
 def draw(*shape, seed=0):
@@ -292,7 +248,7 @@ def test_derivation_finite_normalised_and_invariant(extreme, name):
 
 @pytest.mark.parametrize("name, where", [
     (name, where) for name in DIALS for where in range(4)
-    if name not in BASELINES[:2] or where in (1, 3)])  # those two take exp(ρ) as it stands
+    if name not in BASELINES[:2] or where in (1, 3)])  # those two do not normalise ρ
 def test_derivation_normalising_constants_cancel(name, where):
     """Catches weights that need Z(x): a constant per prompt drops out of each of the tensors."""
     inputs = draw(4, 3, 5, seed=15)
@@ -331,8 +287,9 @@ def test_derivation_loss_keeps_dtype_and_inputs(name, dtype):
 @pytest.mark.parametrize("kl_coef", [1e-3, 50.0])
 @pytest.mark.parametrize("beta", [1.0, 0.1, 2.5])
 def test_derivation_dpo(beta, kl_coef):
-    """Catches argmax with n = 2 and proposal = prior that is not −log σ(β Δ log(q/p)), DPO-sft on
-    rewards and DPO on pairs labelled 1 and 0, and a kl_coef that does not drop out."""
+    """With argmax, n = 2 and proposal = prior the loss is DPO's, −log σ(β Δ log(q/p)): on pairs
+    that the reward orders (DPO-sft), and on pairs labelled 1 and 0. Catches any other value or
+    slope, and a kl_coef that is felt."""
     q, p, r = draw(3, 40, 2, seed=20)
     r[:20] = tensor64([1, 0])
     sign = (r - r.flip(-1)).sign()  # +1 chosen, −1 rejected
@@ -579,7 +536,7 @@ def test_derivation_authors_experiment():
     ({"divergence": "backward"}, "backward"),
     *(({"kl_coef": value}, "kl_coef") for value in (0.0, -1.0, math.nan)),
     ({"kl_coef": 0.0, "target": "argmax"}, "kl_coef"),
-    *(({name: draw(1, 5)}, "shape") for name in TENSORS),
+    *(({name: draw(*shape)}, "shape") for name in TENSORS for shape in ((1, 5), (3, 1))),
     *((DIALS[name] | {"divergence": divergence}, divergence)
       for name in ("argmax", "none", "unnormalized") for divergence in DIVERGENCES[1:]),
 ])
@@ -589,6 +546,9 @@ def test_derivation_loss_refuses_bad_input(change, message):
     arguments = dict(zip(TENSORS, draw(4, 3, 5, seed=8), strict=True))
     with pytest.raises(ValueError, match=message):
         brain.brain_loss(**arguments | {"kl_coef": KL} | change)
+    if not {"baseline", "divergence"} & {*change}:
+        with pytest.raises(ValueError, match=message):
+            brain.snis_weights(**arguments | {"kl_coef": KL} | change)
 
 def test_derivation_bradley_terry_loss():
     """Catches chosen and rejected swapped, a missing log, and overflow at rewards far apart."""
@@ -615,14 +575,15 @@ def test_derivation_checks_pass(capsys):
 
 @pytest.mark.parametrize("broken", [*DIALS, "all"])
 def test_derivation_checks_notice_a_broken_loss(broken, monkeypatch, capsys):
-    """Catches checks that cannot fail, or a dial that none of them turns: a loss whose first row is
-    off by 1e-6 of it with these dials fails some check, with all dials every one, and `--check`."""
+    """Catches checks that cannot fail, or a dial that none of them turns: brain_loss is made wrong
+    by 1e-6 in its first row. Broken for one dial, some check fails and not all; broken for all,
+    every check fails; and `--check` says so."""
     exact = brain.brain_loss
     default = {"baseline": "self_normalized"}
 
     def off(*inputs, **dials):
         loss, weights = exact(*inputs, **dials)
-        wrong = broken == "all" or default | dials == default | DIALS[broken]
+        wrong = broken == "all" or (default | dials) == (default | DIALS[broken])
         first = torch.eye(len(loss))[0]
         return loss * (1 + 1e-6 * wrong * first), weights
 
@@ -639,6 +600,55 @@ def test_derivation_checks_have_a_path_of_their_own(monkeypatch):
     exact = brain.snis_weights
     monkeypatch.setattr(brain, "snis_weights", lambda q, p, *rest: exact(q, 0 * p, *rest))
     assert sum(not check.ok for check in brain.derivation_checks()) >= 3
+
+# ---- What the other parts need: models, files, processes ----------------------------------------
+
+import argparse
+import collections
+import contextlib
+import copy
+import errno
+import fcntl
+import functools
+import gzip
+import http.server
+import importlib.util
+import inspect
+import io
+import json
+import locale
+import multiprocessing
+import os
+import random
+import re
+import resource
+import runpy
+import shlex
+import shutil
+import signal
+import statistics
+import string
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import unicodedata
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import filelock
+import huggingface_hub
+import safetensors.torch
+import tokenizers
+import transformers
+from torch import Tensor
+from tqdm import tqdm
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 torch.set_num_threads(1)  # more cost more than they give on tensors as small as these
