@@ -40,6 +40,7 @@ import inspect
 import itertools
 import json
 import math
+import numbers
 import os
 import random
 import re
@@ -724,7 +725,9 @@ def judge_texts(path, reward, run, batch):
     with explain(f"{path}: reward() must return a list of {len(prompts)} numbers"):
         refuse_if(not isinstance(found, list | tuple), f"it is a {type(found).__name__}")
         refuse_if(len(found) != len(prompts), f"it has {len(found)}")
-        found = [float(0 + number) for number in found]  # "1.0" is no number
+        others = [type(x).__name__ for x in found if not isinstance(x, numbers.Number | Tensor)]
+        refuse_if(others, f"it holds {others[:1]}")
+        found = [float(number) for number in found]
     return torch.tensor(found, dtype=torch.float64, device=run.device).view(-1, n)
 
 def judge_ids(model, run, batch):
