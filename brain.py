@@ -389,7 +389,8 @@ def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
     examples = [row for row in whole
                 if 0 < len(encode_prompt(tokenizer, row.prompt)) <= cfg.max_prompt_tokens]
     said = (f"{cfg.task} {split}: {len(examples)} of {len(rows)} rows; left out: "
-            f"{len(rows) - len(whole)} broken, {len(whole) - len(examples)} too long or empty")
+            f"{len(rows) - len(whole)} broken, {len(whole) - len(examples)} over "
+            f"--max_prompt_tokens {cfg.max_prompt_tokens} or empty")
     print(said)
     refuse_if(len(examples) < (3 if split == "test" else 1), f"too few rows: {said}")
     return examples
