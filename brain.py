@@ -684,6 +684,7 @@ def users_code(path):
     """Runs the code of FILE.py: what it does to torch's defaults ends with it, and what fails is
     told with its type and line."""
     dtype = torch.get_default_dtype()
+
     try:
         with torch.no_grad():
             yield

@@ -2896,6 +2896,7 @@ def launch_recipe(folder):
     small = ("--max_steps 40 --max_completion_length 12 --learning_rate 6e-3 --use_cpu true "
              "--gradient_accumulation_steps 2 --bf16 false --report_to none --save_strategy no")
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0"
+
     ran = subprocess.run(
         [sys.executable, *launch.split(), "start.py", *shlex.split(shown), *small.split()],
         cwd=folder, env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
