@@ -1197,7 +1197,7 @@ def derivation_checks() -> list[Check]:
         "self_normalized": ("−Σ (α̂ − β̂) ∇log q_θ: BRAIn", beta - alpha, {}),
         "DPO": ("argmax of two samples of the prior: that of −log σ(Δ log(q_θ/p)), DPO-sft",
                 -sign / (1 + margin.exp()), dict(target="argmax")),
-        "reverse": ("KL(β̂ ‖ α̂): −Σ β̂ (w − Σ β̂w) ∇log q_θ / kl_coef, PPO's side, on-policy RLOO's",
+        "reverse": ("KL(β̂ ‖ α̂): −Σ β̂ (w − Σ β̂w) ∇log q_θ / kl_coef, PPO's, on-policy RLOO's",
                 -beta * (w - (beta * w).sum(-1, keepdim=True)) / kl_coef,
                 dict(divergence="reverse")),
         "log_variance": ("½ Var(log p + r/kl_coef − log q_θ): RLOO's / kl_coef, whoever sampled",
