@@ -31,7 +31,6 @@ Departures from the paper:
     6 Supervised fine-tuning averages nats over a response's tokens.
 """
 
-import bisect
 import contextlib
 import copy
 import gzip
@@ -40,7 +39,6 @@ import inspect
 import itertools
 import json
 import math
-import numbers
 import os
 import random
 import re
@@ -326,21 +324,15 @@ def read_hh(cfg, split, tokenizer):
     for subset in cfg.hh_subsets.split():
         yield from read_rows(fetch(cfg, HH_URL, f"{subset}/{split}.jsonl.gz"), parse_dialogue)
 
-def query_length(tokenizer, head, post, end):
-    """Tokens of a query whose post is cut at a character."""
-    return len(tokenizer(head + post[:end] + TLDR).input_ids)
-
 def parse_post(row, tokenizer, limit):
     """A row of tldr_3_filtered as a query; None for an empty summary. A post that is too long is
     cut as OpenAI did: at its last newline, again and again; within its first line, at any place."""
     head = f"SUBREDDIT: r/{text_at(row, 'subreddit')}\n\nTITLE: {text_at(row, 'title')}\n\nPOST: "
     post, summary = text_at(row, "post"), text_at(row, "summary").strip()
-    length = partial(query_length, tokenizer, head, post)
-    if length(len(post)) > limit:
-        lines = [i for i, character in enumerate(post) if character == "\n"]
-        ends = [*range((lines or [len(post)])[0]), *lines]  # where it may end, the longest last
-        ends = ends[: bisect.bisect_right(ends, limit + 16, key=length)]  # a cut may add tokens
-        post = post[: next((end for end in reversed(ends) if length(end) <= limit), 0)]
+    while post and (over := len(tokenizer(head + post + TLDR).input_ids) - limit) > 0:
+        end = len(post) - math.ceil(over / 4)  # as a character is 4 tokens at most, it may go, too
+        newline = post.rfind("\n", 0, end + 1)
+        post = post[: end if newline < 0 else newline]
     return Example(head + post + TLDR, f" {summary}") if summary else None
 
 def read_tldr(cfg, split, tokenizer):
@@ -383,14 +375,13 @@ TASKS = {
 
 def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
     """A split, train or test, less broken rows and long prompts, which are counted; or Stop."""
-    rows = TASKS[cfg.task].read(cfg, split, tokenizer)
-    rows = list(tqdm(rows, f"reading {split}", disable=None))
-    whole = [row for row in rows if row]
-    examples = [row for row in whole
-                if 0 < len(encode_prompt(tokenizer, row.prompt)) <= cfg.max_prompt_tokens]
-    said = (f"{cfg.task} {split}: {len(examples)} of {len(rows)} rows; left out: "
-            f"{len(rows) - len(whole)} broken, {len(whole) - len(examples)} over "
-            f"--max_prompt_tokens {cfg.max_prompt_tokens} or empty")
+    rows = list(tqdm(TASKS[cfg.task].read(cfg, split, tokenizer), f"reading {split}", disable=None))
+    examples = [row for row in rows if row
+                and 0 < len(encode_prompt(tokenizer, row.prompt)) <= cfg.max_prompt_tokens]
+    broken = rows.count(None)
+    said = (f"{cfg.task} {split}: {len(examples)} of {len(rows)} rows; left out: {broken} broken, "
+            f"{len(rows) - broken - len(examples)} over --max_prompt_tokens "
+            f"{cfg.max_prompt_tokens} or empty")
     print(said)
     refuse_if(len(examples) < (3 if split == "test" else 1), f"too few rows: {said}")
     return examples
@@ -662,21 +653,19 @@ def check_model(cfg, model, R):
         prompts = [ids[0][:P], ids[0][: P // 8 + 1]]
         responses = [y[: R - i % R] for i, y in enumerate(ids[1:])]
         batch = pack(prompts, [responses] * 2, model.device)
-        found = score_reward(model, batch) if is_reward else sequence_log_prob(model, batch)
-        for b, i in itertools.product((0, 1), (0, n - 1)):
-            x, y = prompts[b], responses[i]
+        score = score_reward if is_reward else sequence_log_prob
+        found = [([responses] * 2, score(model, batch))]
+        if not is_reward:  # and the sampler, at the run's n
+            n = max(cfg.samples_per_prompt, cfg.eval_samples)
+            found.append(sample(model, prompts, n, R, eos_id=-1, generator=make_generator("check")))
+
+        for (ys, values), b, i in itertools.product(found, (0, 1), (0, -1)):
+            x, y = prompts[b], ys[b][i]
             plain = model(torch.tensor([x + y], device=model.device)).logits[0].float()
             if not is_reward:  # a reward is at the last token, as there is no padding
                 plain = plain[len(x) - 1 : -1].log_softmax(-1)[range(len(y)), y].sum()
-            gap = (found[b, i] - plain).abs()  # measured: 1e-4
+            gap = (values[b, i] - plain).abs()  # measured: 1e-4
             refuse_if(not gap < 1e-3 + 1e-6 * plain.abs(), f"{gap.item():.3g} off plain rows")
-
-        if not is_reward:  # and the sampler, at the run's n
-            n = max(cfg.samples_per_prompt, cfg.eval_samples)
-            ys, log_q = sample(model, prompts, n, R, eos_id=-1, generator=make_generator("check"))
-            batch = pack(prompts, [y[-2:] for y in ys], model.device)
-            gap = (sequence_log_prob(model, batch) - log_q[:, -2:]).abs().max()
-            refuse_if(not gap < 1e-3 + 1e-5 * R, f"{gap:.3g} nats between sampled and scored")
 
 # ---- Rewards: by a model that reads the prior's tokens, or by the function of FILE.py ------------
 @contextlib.contextmanager
@@ -721,21 +710,14 @@ def judge_texts(path, reward, run, batch):
     texts, n = written_texts(run, batch), len(batch.responses[0])
     prompts, references = ([getattr(example, key) for example in batch.examples for _ in range(n)]
                            for key in ("prompt", "reference"))
-    with users_code(path):
+    with users_code(path), run.autocast(enabled=False):
         found = reward(prompts, [*itertools.chain(*texts)], references)
         found = found.tolist() if hasattr(found, "tolist") else found
     with explain(f"{path}: reward() must return a list of {len(prompts)} numbers"):
         refuse_if(not isinstance(found, list | tuple), f"it is a {type(found).__name__}")
         refuse_if(len(found) != len(prompts), f"it has {len(found)}")
-        others = [type(x).__name__ for x in found if not isinstance(x, numbers.Number | Tensor)]
-        refuse_if(others, f"it holds {others[:1]}")
-        found = [float(number) for number in found]
+        found = [float(0 + number) for number in found]  # a text is no number
     return torch.tensor(found, dtype=torch.float64, device=run.device).view(-1, n)
-
-def judge_ids(model, run, batch):
-    """Rewards (b, n), fp32, by a reward model that reads the sampled ids."""
-    with run.autocast():
-        return score_reward(model, batch)
 
 def load_reward(run, source, prior):
     """What gives a batch its rewards (b, n): a reward model, or the function of FILE.py."""
@@ -748,7 +730,7 @@ def load_reward(run, source, prior):
     refuse_if(ways[0] != ways[1] or V > known or not hasattr(model, "score"),
               f"{source} does not read the prior's tokens: ask it in a FILE.py (see README)")
     check_model(run.cfg, model, run.cfg.max_response_tokens)
-    return partial(judge_ids, freeze(model, run.dtype), run)
+    return partial(score_reward, freeze(model, run.dtype))
 
 # ---- A run: its folder, its one state file, its guards ------------------------------------------
 EARLY = {"lock", "state.pt.part"}  # may lie there before a state
@@ -767,7 +749,7 @@ class Run:
 
         self.device = "cuda" if cuda else "cpu"
         self.dtype = torch.bfloat16 if cuda else torch.float32  # of frozen matrices and of compute
-        self.autocast = partial(torch.autocast, self.device, torch.bfloat16, cuda)
+        self.autocast = partial(torch.autocast, self.device, torch.bfloat16, enabled=cuda)
         self.cfg, self.out = replace(cfg, device=self.device), Path(cfg.out).absolute()
         self.progress = "start"  # later stage and step, for messages
         self.tokenizer = self.ends = self.reward = None  # see prepare
@@ -822,10 +804,8 @@ class Run:
 
     def save(self, stage, step, **parts):
         """Replace state.pt in one move."""
-        path = self.out / "metrics.jsonl"
-        parts |= dict(stage=stage, step=step, config=asdict(self.cfg),
-                      threads=torch.get_num_threads(),
-                      metrics=path.read_text() if path.exists() else "")
+        parts |= dict(stage=stage, step=step, metrics=self.state["metrics"],
+                      config=asdict(self.cfg), threads=torch.get_num_threads())
         with explain(f"{stage}, step {step}: no room for a state, the last one is kept", Guard):
             with open(self.out / "state.pt.part", "wb") as file:
                 torch.save(parts, file)
@@ -902,15 +882,18 @@ def log_prob(run, model, batch):
 @torch.no_grad()
 def judge(run, batch):
     """The one reward of each response, (b, n)."""
-    batch.raw_reward, ends = run.reward(batch), torch.tensor(run.ends, device=run.device)
+    with run.autocast():
+        batch.raw_reward = run.reward(batch)
     run.require(batch.raw_reward.isfinite(), "a reward is not finite", batch)
+    ends = torch.tensor(run.ends, device=run.device)
     batch.ended = torch.isin(batch.branch[..., 1:], ends).any(-1).float()
     batch.reward = batch.raw_reward - run.cfg.missing_eos_penalty * (1 - batch.ended)
 
-def sample_rollouts(run, proposal, examples, n, generators):
-    """3.1 Sample n responses to each of the examples, with a generator each: their ids (B, n), and
-    log q′ by the sampler, (B, n)."""
+def sample_rollouts(run, proposal, examples, n, *key):
+    """3.1 Sample n responses to each of the examples, with a generator each, of this key: their ids
+    (B, n), and log q′ by the sampler, (B, n)."""
     cfg, found = run.cfg, []
+    generators = [make_generator(cfg.seed, *key, i) for i in range(len(examples))]
     prompts = [encode_prompt(run.tokenizer, example.prompt) for example in examples]
     size = 8 * cfg.micro_batch_tokens // (cfg.max_prompt_tokens + n * cfg.max_response_tokens) or 1
     for first in range(0, len(prompts), size):  # more than in training: it keeps no activations
@@ -1027,24 +1010,21 @@ class Stage:
                      optimizer=self.optimizer.state_dict())
 
     def log(self, **metrics):
-        """A line of metrics.jsonl."""
+        """A line of metrics.jsonl, which the state repeats."""
+        line = json.dumps({"stage": self.name, **metrics}) + "\n"
+        self.run.state["metrics"] += line
         with open(self.run.out / "metrics.jsonl", "a") as file:
-            print(json.dumps({"stage": self.name, **metrics}), file=file)
+            file.write(line)
 
 def encode_answers(run, examples, columns, limit):
     """The examples that have answers in all of these columns, each with the answers' ids."""
-    found, cut = [], 0
-    for example in examples:
-        answers = [getattr(example, column) for column in columns]
-        if None not in answers:
-            ids = [encode_response(run.tokenizer, example.prompt, answer, run.ends, limit)
-                   for answer in answers]
-            cut += sum(y[-1] not in run.ends for y in ids)
-            found.append((example, ids))
-    if cut:
-        print(f"{' and '.join(columns)}: {cut} of {len(found) * len(columns)} texts are longer "
-              f"than {limit} tokens: they are cut, without an end")
-    return found
+    found, n = [x for x in examples if None not in map(partial(getattr, x), columns)], len(columns)
+    ids = [encode_response(run.tokenizer, example.prompt, getattr(example, column), run.ends, limit)
+           for example in found for column in columns]
+    if cut := sum(y[-1] not in run.ends for y in ids):
+        print(f"{' and '.join(columns)}: {cut} of {len(ids)} texts are longer than {limit} tokens: "
+              "they are cut, without an end")
+    return [*zip(found, [ids[i : i + n] for i in range(0, len(ids), n)], strict=True)]
 
 def train_on_texts(run, name, model, loss_of, splits, columns, limit, size, epochs, lr):
     """Stage 1 or 2: a loss of given answers, and in the end its figures on held-out ones."""
@@ -1074,8 +1054,7 @@ def train_policy(run, prior, policy, examples, listed):
         place, metrics = step % refresh, {}
         if place == 0:
             drawn = take(examples, step * size, refresh * size, cfg.seed, "brain")
-            generators = [make_generator(cfg.seed, "brain", step, i) for i in range(len(drawn))]
-            samples = sample_rollouts(run, proposal, drawn, n, generators)  # 3.1 sample
+            samples = sample_rollouts(run, proposal, drawn, n, "brain", step)  # 3.1 sample
             steps = score_rollouts(run, prior, proposal, drawn, *samples, size)  # 3.2 score
             if listed and step // refresh % max(1, cfg.steps // refresh // 5) == 0:
                 metrics["kl_to_posterior"] = exact_kl(run, policy, listed)
@@ -1120,8 +1099,7 @@ def evaluate(run, models, examples):
     cfg, B, figures, samples, rewards, known = run.cfg, len(examples), {}, [], {}, {}
     for author in ("prior", "policy", "reference"):
         if model := models.get(author):
-            generators = [make_generator(cfg.seed, "eval", author, i) for i in range(B)]
-            drawn = sample_rollouts(run, model, examples, cfg.eval_samples, generators)
+            drawn = sample_rollouts(run, model, examples, cfg.eval_samples, "eval", author)
             batches, = score_rollouts(run, models["prior"], model, examples, *drawn, B)
         else:
             limit = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
@@ -1273,7 +1251,7 @@ def execute(run):
                        ("chosen", "rejected"), cfg.max_comparison_tokens, cfg.reward_batch,
                        cfg.reward_epochs, cfg.reward_lr)
         run.export(reward, "reward")
-        run.reward = partial(judge_ids, freeze(reward, run.dtype), run)
+        run.reward = partial(score_reward, freeze(reward, run.dtype))
 
     torch.backends.cuda.matmul.allow_tf32 = True  # fp32 heads: 10 bits of mantissa, bf16 has 7
     prior = freeze(prior, run.dtype)  # stage 3: the policy starts from the rounded matrices
