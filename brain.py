@@ -1,10 +1,10 @@
 """BRAIn: Bayesian reward-conditioned amortized inference, in one file (arXiv 2402.02479).
 
-Condition the supervised model p(y|x) on "this answer is good", G = 1, which a reward model r says
-with p(G=1|x, y) ∝ exp(r(x, y)/kl_coef). By Bayes' rule the posterior is p(y|x, G=1) ∝
-p(y|x)·exp(r(x, y)/kl_coef), the optimum of E_q[r] − kl_coef·KL(q‖p). It can be weighed but not
-sampled from, so distil it: draw n answers to a prompt from a proposal q′, the policy of a moment
-ago, weigh them by self-normalised importance sampling (SNIS), step the policy q_θ on KL(α̂ ‖ β̂):
+Condition the supervised model p(y|x) on "this answer is good", G = 1, where a reward model r gives
+p(G=1|x, y) ∝ exp(r(x, y)/kl_coef). By Bayes' rule the posterior is p(y|x, G=1) ∝
+p(y|x)·exp(r(x, y)/kl_coef), the optimum of E_q[r] − kl_coef·KL(q‖p). It is known up to a constant
+but cannot be sampled from, so distil it: draw n answers to a prompt from a proposal q′, the policy
+of a moment ago, weigh them by self-normalised importance sampling (SNIS), step on KL(α̂ ‖ β̂):
 
     α̂ = softmax(log p + r/kl_coef − log q′)   is the posterior's share of each of the n answers,
     β̂ = softmax(log q_θ − log q′)             the policy's share, a self-normalised baseline, and
@@ -104,7 +104,7 @@ class Config:
     kl_coef: float = 0.5  # reward units that a nat of KL to the prior costs; small is greedy
     target: Literal["posterior", "argmax"] = "posterior"  # alpha: the posterior, or the best sample
     baseline: Literal["none", "unnormalized", "self_normalized"] = "self_normalized"  # brain_loss
-    divergence: Literal["forward", "reverse", "log_variance"] = "forward"  # brain_loss
+    divergence: Literal["forward", "reverse", "log_variance"] = "forward"  # a KL or ½ Var
     proposal: Literal["lagged", "prior"] = "lagged"  # who samples: the policy, or the prior
     max_grad_norm: float = 1.0  # larger gradients are scaled down to this norm
     # evaluation
@@ -383,7 +383,8 @@ def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
             f"{len(rows) - broken - len(examples)} over --max_prompt_tokens "
             f"{cfg.max_prompt_tokens} or empty")
     print(said)
-    refuse_if(len(examples) < (3 if split == "test" else 1), f"too few rows: {said}")
+    least = 3 if split == "test" else 1
+    refuse_if(len(examples) < least, f"too few rows, {least} needed: {said}")
     return examples
 
 # ---- Texts and ids: what is judged is what was written ------------------------------------------
@@ -611,7 +612,8 @@ def load(run, kind, name, **new_head):
     """A model of a kind and its tokenizer from a hub or a folder, checked; Stop where they do not
     fit. With num_labels=1 a language model's head is exchanged for a new one, of a reward."""
     torch.manual_seed(run.cfg.seed)  # decides the new head
-    with explain(f"{name} cannot be used"):
+    place = "a folder" if Path(name).is_dir() else "no folder, so a name on the hub"
+    with explain(f"{name} ({place}) cannot be used"):
         refuse_other_forms(name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = kind.from_pretrained(name, trust_remote_code=False, dtype=torch.float32,
@@ -836,7 +838,7 @@ class Run:
             os.replace(part, self.out / name)
 
     def require(self, fine, what, batch):
-        """Stop where a number is not fine (b, …), and name its prompt."""
+        """Stop the run if a number is not fine (b, …), and name its prompt."""
         if not fine.all():
             worst = batch.examples[fine.flatten(1).all(1).int().argmin()].prompt
             raise Guard(f"{self.progress}: {what}; prompt …{str(worst)[-60:]!r}")
@@ -850,7 +852,7 @@ def make_generator(*key):
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
 
 def take(examples, first, count, *key):
-    """So many of the examples from the first-th on: shuffled, and anew in each epoch."""
+    """The first-th example and those after it, `count` in all, shuffled anew in each epoch."""
     N = len(examples)
     epochs = range(first // N, (first + count - 1) // N + 1)
     order = torch.cat([torch.randperm(N, generator=make_generator(*key, i)) for i in epochs])
@@ -945,7 +947,7 @@ def policy_loss(run, policy, batch):
     loss, (alpha, beta) = brain_loss(
         log_policy, log_prior, log_proposal, batch.reward, cfg.kl_coef,
         target=cfg.target, baseline=cfg.baseline, divergence=cfg.divergence)
-    moved = log_proposal - log_prior  # (b, n) log q′/p, before the first step what rounding makes
+    moved = log_proposal - log_prior  # (b, n) log q′/p: rounding alone before the first step
     return loss, {name: values.mean(-1) for name, values in batch.figures().items()} | {
         "ess_alpha": effective_sample_size(alpha), "ess_beta": effective_sample_size(beta),
         "reward_spread": batch.reward.std(-1) / cfg.kl_coef,
@@ -1047,7 +1049,7 @@ def train_policy(run, prior, policy, examples, listed):
     the steps up to the next refresh."""
     cfg, size, n = run.cfg, run.cfg.prompts_per_step, run.cfg.samples_per_prompt
     refresh = cfg.prompts_per_refresh // size  # steps from one to the next
-    proposal = policy if cfg.proposal == "lagged" else prior  # scored before it moves
+    proposal = policy if cfg.proposal == "lagged" else prior  # no copy: log q′ is kept, not q′
 
     stage = Stage(run, "brain", policy, cfg.steps, cfg.lr, refresh)
     for step in stage:
@@ -1055,11 +1057,11 @@ def train_policy(run, prior, policy, examples, listed):
         if place == 0:
             drawn = take(examples, step * size, refresh * size, cfg.seed, "brain")
             samples = sample_rollouts(run, proposal, drawn, n, "brain", step)  # 3.1 sample
-            steps = score_rollouts(run, prior, proposal, drawn, *samples, size)  # 3.2 score
+            rollouts = score_rollouts(run, prior, proposal, drawn, *samples, size)  # 3.2 score
             if listed and step // refresh % max(1, cfg.steps // refresh // 5) == 0:
                 metrics["kl_to_posterior"] = exact_kl(run, policy, listed)
-        metrics |= accumulate_gradient(run, policy, steps[place], policy_loss)  # 3.3 weigh
-        stage.update(metrics, steps[place][0])  # 3.4 step
+        metrics |= accumulate_gradient(run, policy, rollouts[place], policy_loss)  # 3.3 weigh
+        stage.update(metrics, rollouts[place][0])  # 3.4 step
     policy.requires_grad_(False)
 
 # ---- Evaluation and report ----------------------------------------------------------------------
@@ -1230,9 +1232,10 @@ def prepare(run):
                   f"train has no row with a {column} text; add some, or give --{flag}")
     with explain(source or cfg.task):
         check_texts(run.tokenizer, [*train[:16], *test[:16]])
-    if run.reward:  # try it on two responses
+    if run.reward:
         start = encode_prompt(run.tokenizer, train[0].prompt)[:8]
-        judge(run, split_batches(run, train[:1], [[start, start]])[0])
+        with explain("the reward was tried on two responses, both the start of a prompt"):
+            judge(run, split_batches(run, train[:1], [[start, start]])[0])
     run.begin(prior.num_parameters())
     print(cfg)
     return prior, train, test

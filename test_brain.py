@@ -3252,7 +3252,7 @@ class Plan:
     methods: list[str] = field(default_factory=lambda: [*METHODS])
     jobs: int = 2  # processes, of one thread each
     tuning: list[int] = field(default_factory=lambda: [100, 101, 102])  # seeds that set the rates
-    rates: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3, 4e-3])
+    rate: float = 2e-3  # the first that is tried
     steps: int = 100  # of a run, its rate falling to 0
     samples: int = 128  # of a step
     prompts: int = 16  # held-out prompts of the figures
@@ -3470,19 +3470,28 @@ def print_contest(title, figures, names, kinds, primary):
         gap = [*map(operator.sub, other[primary], own[primary])]  # of the seeds that both have
         table(name, *(cell(own[column]) for column in columns), cell(gap), flip_test(gap))
 
+def tune(plan):
+    """{method: {rate: E[r] − 0.4·KL, the mean over seeds}}: half and twice the best rate are tried
+    until it stands between two others."""
+    means, todo = {name: {} for name in plan.methods}, [(name, plan.rate) for name in plan.methods]
+    while todo:
+        jobs = [Job(name, METHODS[name].strengths[0], lr, seed)
+                for name, lr in todo for seed in plan.tuning]
+        ends = [record["course"][-1]["objective"]
+                for record in in_parallel(plan, run_job, jobs).values()]
+        for i, (name, lr) in enumerate(todo):
+            means[name][lr] = statistics.fmean(ends[i * len(plan.tuning) :][: len(plan.tuning)])
+        best = {name: max(found, key=found.get) for name, found in means.items()}
+        todo = [(name, lr * factor) for name, lr in best.items() for factor in (1 / 2, 2)
+                if lr * factor not in means[name]]
+    return means
+
 def compare(argv):
     """Tunes each method's rate, runs its strengths on fresh seeds, prints the tables."""
     plan, = transformers.HfArgumentParser(Plan).parse_args_into_dataclasses(argv)
     posteriors = in_parallel(plan, share_seed, [*{*plan.tuning, *range(plan.seeds)}])
-    tuning = [Job(name, METHODS[name].strengths[0], lr, seed) for name in plan.methods
-              for lr in plan.rates for seed in plan.tuning]
-    objectives, means = collections.defaultdict(list), {}
-    for job, record in in_parallel(plan, run_job, tuning).items():
-        objectives[job.method, job.lr].append(record["course"][-1]["objective"])
-        means[job.method, job.lr] = statistics.fmean(objectives[job.method, job.lr])
-    rates = {name: max(plan.rates, key=lambda lr, name=name: means[name, lr])
-             for name in plan.methods}
-
+    means = tune(plan)
+    rates = {name: max(found, key=found.get) for name, found in means.items()}
     seeds = {name: min(plan.seeds, 5 if name in VARIED else 99) for name in plan.methods}
     jobs = [Job(name, strength, rates[name], seed) for name in plan.methods
             for seed in range(seeds[name]) for strength in METHODS[name].strengths]
@@ -3502,38 +3511,43 @@ def compare(argv):
                   ("worth", "wins"), "wins at 0.5")
     print_contest("J* − J over n and the steps of a refresh", figures, [*MAIN, *VARIED], "lacks",
                   "lacks, half")
-    print("\nThe tuning: E[r] − 0.4·KL\n")
-    table("method", *plan.rates, head=True)
-    for name in plan.methods:
-        table(name, *(means[name, lr] for lr in plan.rates))
+    print("\nThe tuned rates, and E[r] − 0.4·KL there and at half and twice the rate\n")
+    table("method", "rate", "there", "half", "twice", head=True)
+    for name, lr in rates.items():
+        table(name, lr, *(means[name][lr * factor] for factor in (1, 1 / 2, 2)))
 
 SHORT_CONTEST = [
-    "--methods", "BRAIn, n 4", "DPO", "--rates=2e-3", "--tuning=0", "--seeds=2", "--jobs=1",
+    "--methods", "BRAIn, n 4", "DPO", "--tuning=0", "--seeds=2", "--jobs=1",
     "--steps=8", "--samples=16", "--prompts=1", "--toy=--eval_prompts=3 --steps=1 --sft_epochs=1 "
     "--sft_batch=512 --reward_epochs=1 --reward_batch=512"]
+
+def run_contest(flags):
+    """What a contest prints whose rates are tuned already."""
+    tuned = {name: {lr: -abs(lr - 2e-3) for lr in (1e-3, 2e-3, 4e-3)} for name in METHODS}
+    with mock.patch.object(sys.modules[__name__], "tune", return_value=tuned), \
+            contextlib.redirect_stdout(io.StringIO()) as said:
+        compare(flags)
+    return said.getvalue()
 
 @pytest.fixture(scope="module")
 def contest(tmp_path_factory):
     """A contest in small: its flags, its plan, what it printed."""
     flags = [*SHORT_CONTEST, f"--out={tmp_path_factory.mktemp('contest')}"]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        compare(flags)
+    said = run_contest(flags)
     plan, = transformers.HfArgumentParser(Plan).parse_args_into_dataclasses(flags)
-    return flags, plan, said.getvalue()
+    return flags, plan, said
 
-def test_contest_goes_on(contest, monkeypatch, capsys):
+def test_contest_goes_on(contest, monkeypatch):
     """Catches a contest that does its runs twice or prints other figures from their records, and a
     run that a guard stops and that takes the others along."""
     flags, plan, said = contest
     monkeypatch.setattr(brain, "train_policy", None)
-    compare(flags)
-    assert capsys.readouterr().out == said and "| DPO | – |" in said
+    assert run_contest(flags) == said and "| DPO | – |" in said
 
     path, = Path(plan.out).glob("BRAIn, n 4-*-1.json")
     kept = path.rename(path.with_suffix(".kept"))
     monkeypatch.setattr(brain, "train_policy", mock.Mock(side_effect=brain.Guard("NaN")))
-    compare(flags)
-    assert "| BRAIn, n 4 | – | – | – | – | 1 |" in capsys.readouterr().out
+    assert "| BRAIn, n 4 | – | – | – | – | 1 |" in run_contest(flags)
     assert json.loads(path.read_text())["said"] == "NaN"
     kept.rename(path)
 
@@ -3565,6 +3579,19 @@ def test_contest_changes_the_loss_alone(contest, tmp_path):
     log_q = exact_log_prob(policy, [prompt], 4)[0]
     found = torch.stack([log_q[space.index(y)] for y in ids] + [log_q.logsumexp(-1)])
     assert found.tolist() == pytest.approx([*log_sampled[0].tolist(), 0], abs=1e-5)
+
+def test_contest_tunes_until_a_rate_stands_between_two(monkeypatch):
+    """Catches a rate at the end of those that were tried, and seeds that are not averaged."""
+    plan = Plan(methods=["BRAIn", "DPO"], tuning=[1, 5], jobs=1)
+    best = {"BRAIn": 5e-4, "DPO": 8e-3}
+
+    def run(plan, job):
+        return {"course": [{"objective": -abs(math.log2(job.lr / best[job.method])) - job.seed}]}
+
+    monkeypatch.setattr(sys.modules[__name__], "run_job", run)
+    assert tune(plan) == {
+        "BRAIn": {2e-3: -5, 1e-3: -4, 4e-3: -6, 5e-4: -3, 2.5e-4: -4},
+        "DPO": {2e-3: -5, 1e-3: -6, 4e-3: -4, 8e-3: -3, 16e-3: -4}}
 
 def test_contest_by_hand():
     """Catches a figure that is not what its name says, of three responses; a wrong interpolation
