@@ -298,9 +298,9 @@ def parse_example(row):
         if isinstance(value, list):
             refuse_if(not value or key != "prompt" and len(value) > 1, f"{key} must be one message")
             with explain(key):
-                chat = [{name: text_at(message, name) for name in ("role", "content")}
-                        for message in value]
-            given[key] = chat if key == "prompt" else chat[0]["content"]
+                texts = [text_at(turn, name) for turn in value for name in ("role", "content")]
+                json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates
+            given[key] = value if key == "prompt" else texts[1]
         elif value is not None:
             given[key] = text_at(row, key)
 
@@ -605,8 +605,8 @@ def refuse_other_forms(name):
     refuse_if(transformers.utils.has_file(name, "adapter_config.json"),
               "it is an adapter: merge it into its base model (peft: merge_and_unload)")
     config, _ = transformers.PreTrainedConfig.get_config_dict(name)
-    marks = {"quantization_config", "compression_config"}
-    refuse_if(marks & {*config, *config.get("text_config", ())}, quantised)
+    for part in (config, config.get("text_config") or {}):
+        refuse_if(part.get("quantization_config") or part.get("compression_config"), quantised)
 
 def load(run, kind, name, **new_head):
     """A model of a kind and its tokenizer from a hub or a folder, checked; Stop where they do not
@@ -710,8 +710,8 @@ def written_texts(run, batch):
 def judge_texts(path, reward, run, batch):
     """Rewards (b, n), float64, by reward(prompts, responses, references): three lists of b·n."""
     texts, n = written_texts(run, batch), len(batch.responses[0])
-    prompts, references = ([getattr(example, key) for example in batch.examples for _ in range(n)]
-                           for key in ("prompt", "reference"))
+    prompts = [copy.deepcopy(x.prompt) for x in batch.examples for _ in range(n)]  # theirs to edit
+    references = [example.reference for example in batch.examples for _ in range(n)]
     with users_code(path), run.autocast(enabled=False):
         found = reward(prompts, [*itertools.chain(*texts)], references)
         found = found.tolist() if hasattr(found, "tolist") else found

@@ -1288,14 +1288,17 @@ def test_texts_that_cannot_be_judged_are_refused(tmp_path):
         with stops():
             brain.check_texts(tokenizer, [brain.Example("so", "Why is it so?")])
 
-def test_a_model_is_made_ready_or_refused():
-    """Catches dropout, gradients or extra outputs left on, and a model and a tokenizer that do not
-    fit: no eos, a special token behind a prompt, too few embeddings, two labels."""
+def test_a_model_is_made_ready_or_refused(tmp_path):
+    """Catches dropout, gradients or extra outputs left on, a quantisation of null that is taken for
+    one, and a model and a tokenizer that do not fit: no eos, a special token behind a prompt, too
+    few embeddings, two labels."""
     extra = dict(output_hidden_states=True, output_attentions=True, return_dict=False)
     model = brain.ready(fake_run(), build_model("gpt2", **extra).train(), build_tokenizer())
     assert not any(part.training for part in model.modules())
     assert not any(weight.requires_grad for weight in model.parameters())
     assert {*model(torch.tensor([[1, 2]]))} == {"logits", "past_key_values"}
+    edit(Path(save_checkpoint(tmp_path), "config.json"), quantization_config=None, text_config=None)
+    brain.refuse_other_forms(str(tmp_path))
 
     usual, endless, behind = (build_tokenizer() for _ in range(3))
     endless.eos_token = None
@@ -1314,7 +1317,7 @@ PROMPT = "\n\nHuman: can you say why the cat was up ?\n\nAssistant:"
 POST = {"subreddit": "AskDogs", "title": "a dog\n\nPOST: of me", "post": "it ran",
         "summary": "dog ran off"}
 TEXTS = {"prompt": PROMPT, "reference": " so be it .", "chosen": " yes .", "rejected": " no ."}
-CHAT = {"prompt": [{"role": "user", "content": "why ?"}], "reference": None,
+CHAT = {"prompt": [{"role": "user", "content": "why ?", "name": "kim"}], "reference": None,
         "chosen": [{"role": "assistant", "content": "it is so"}], "rejected": "no"}
 GOOD_ROWS = {  # task: the file below --data_dir, and good rows of it
     "jsonl": ("train.jsonl", [TEXTS, CHAT]),
@@ -2600,8 +2603,9 @@ def count(text):
 
 def reward(prompts, responses, references):
     disturb()
-    assert prompts == [" so"] * 3 + [[{"role": "user", "content": "why ?"}]] * 3
+    assert prompts == [" so"] * 3 + [[{"role": "user", "content": "why ?", "name": "kim"}]] * 3
     assert references == [None] * 3 + [" yes"] * 3
+    prompts[3].clear()  # its own to edit
     with concurrent.futures.ProcessPoolExecutor(1) as pool:
         return list(pool.map(count, responses))
 
@@ -2629,7 +2633,7 @@ def test_a_reward_is_the_number_that_was_returned(tmp_path):
     ids = [[[*tokenizer.encode(text), 0] for text in row] for row in texts]
     (rollout,) = brain.split_batches(run, examples, ids)
     brain.judge(run, rollout)
-    assert rollout.raw_reward.tolist() == (1e8 + counts).tolist()
+    assert rollout.raw_reward.tolist() == (1e8 + counts).tolist() and examples[1].prompt == USER
     assert torch.get_default_dtype() is torch.float32 and torch.is_grad_enabled()
 
     zeros = torch.zeros(2, 3)
