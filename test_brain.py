@@ -1654,7 +1654,8 @@ def test_a_stage_of_texts_by_hand(tmp_path):
     vectors *= torch.tensor([3, 1e-5, 1, 0.1])
     rows = [brain.Example(str(i), " yes" if i % 7 else None) for i in range(1, 33)]
     run, saved = fake_run(tokenizer=build_tokenizer(), out=tmp_path, seed=7, max_grad_norm=0.9,
-                          eval_prompts=3, save_every=3, micro_batch_tokens=20), {0: {}}
+                          eval_prompts=3, save_every=3, micro_batch_tokens=20, sft_batch=6,
+                          sft_epochs=2, sft_lr=0.1), {0: {}}
     run.save = lambda stage, step, **parts: saved.update({step: copy.deepcopy(parts)})
 
     def loss_of(run, model, batch):  # its gradient does not depend on the weights
@@ -1665,7 +1666,7 @@ def test_a_stage_of_texts_by_hand(tmp_path):
         model.weight.data.fill_(9.0)
         run.state = dict(stage="sft", step=start, metrics="", **saved[start])
         splits = rows[:28], rows[28:]
-        brain.train_on_texts(run, "sft", model, loss_of, splits, ("reference",), 9, 6, 2, 0.1)
+        brain.train_on_texts(run, "sft", model, loss_of, splits, ("reference",), 9)
         return model.weight.detach()
 
     end, weight, norms = train(0), torch.full((1, 4), 9.0, requires_grad=True), []
@@ -2633,7 +2634,7 @@ def test_a_reward_is_the_number_that_was_returned(tmp_path):
     ids = [[[*tokenizer.encode(text), 0] for text in row] for row in texts]
     (rollout,) = brain.split_batches(run, examples, ids)
     brain.judge(run, rollout)
-    assert rollout.raw_reward.tolist() == (1e8 + counts).tolist() and examples[1].prompt == USER
+    assert rollout.raw_reward.tolist() == (1e8 + counts).tolist() and examples[1].prompt[0]
     assert torch.get_default_dtype() is torch.float32 and torch.is_grad_enabled()
 
     zeros = torch.zeros(2, 3)
