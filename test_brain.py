@@ -3510,7 +3510,8 @@ def compare(argv):
 
     print_contest("(a) J* − J at kl_coef 0.4 after a quarter, half and all of the samples, and "
                   "KL(posterior ‖ policy); (b) learned reward less the posterior's at equal KL",
-                  figures, MAIN, ("lacks", "forward, half", "reward"), "lacks, half")
+                  figures, MAIN, ("lacks", "forward, half", "forward, all", "reward"),
+                  "lacks, half")
     print_contest("(c) true worth and win rate, less the posterior's at equal KL but in its rows",
                   figures, ["the posterior, learned", "the posterior, truth", *MAIN, *TRUE],
                   ("worth", "wins"), "wins at 0.5")
