@@ -302,8 +302,7 @@ def test_derivation_infonca(n):
     −Σ softmax(r/kl_coef) log softmax(log q/p). Catches a prior that does not cancel in α̂, and a
     loss that differs by more than the target's entropy."""
     q, p, r = draw(3, 10, n, seed=21)
-    target = shares((r / KL).exp())
-    score = shares((q - p).exp())
+    target, score = shares((r / KL).exp()), shares((q - p).exp())
     loss = (target * target.log() - target * score.log()).sum(-1)
     close(loss_and_gradient(q, p, p, r, KL), (loss, score - target))
 
@@ -323,8 +322,7 @@ def test_derivation_reverse_is_the_regularised_policy_gradient(n):
     """−1/kl_coef Σ β̂ (R − Σ β̂R) ∇log q for any proposal, R = r − kl_coef·log(q/p). Catches a
     baseline that is not the β̂-mean of R, and a proposal that is left out."""
     q, p, q1, r = inputs = draw(4, 10, n, seed=23)
-    alpha = shares((p + r / KL - q1).exp())
-    beta = shares((q - q1).exp())
+    alpha, beta = shares((p + r / KL - q1).exp()), shares((q - q1).exp())
     R = r - KL * (q - p)
     loss, gradient = loss_and_gradient(*inputs, KL, divergence="reverse")
     close(gradient, -beta * (R - (beta * R).sum(-1, keepdim=True)) / KL)
@@ -384,8 +382,7 @@ def test_derivation_enumeration_is_the_true_kl(baseline):
     """Catches a wrong constant (log n, the −1): over all of Y once each the loss is
     KL(posterior ‖ policy), with every baseline, and so is its gradient in the logits."""
     logits, prior, r = draw(3, 5, 7, seed=27)
-    posterior = shares((prior + r / KL).exp())
-    policy = shares(logits.exp())
+    posterior, policy = shares((prior + r / KL).exp()), shares(logits.exp())
     known = (prior, torch.full_like(prior, -math.log(7)), r, KL)
 
     def over_all(logits):
