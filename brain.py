@@ -300,6 +300,7 @@ def parse_example(row):
             with explain(key):
                 texts = [text_at(turn, name) for turn in value for name in ("role", "content")]
                 json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates
+                refuse_if(key == "prompt" and texts[-2] == "assistant", "it ends with an answer")
             given[key] = value if key == "prompt" else texts[1]
         elif value is not None:
             given[key] = text_at(row, key)

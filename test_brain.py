@@ -2432,6 +2432,7 @@ BAD_ROWS = {  # name: the second row of a train.jsonl, or its bytes, and what mu
     "surrogate": ({"prompt": "why \ud800"}, ""), "texts": ({"prompt": ["why"]}, "prompt"),
     "pairs": ({"prompt": [[["role", "user"], ["content", "why ?"]]]}, "prompt"),
     "message": ({"prompt": [{"role": "user"}]}, "content"),
+    "answered": ({"prompt": [*USER, {"role": "assistant", "content": "so"}]}, "prompt.*answer"),
     "answers": ({"prompt": USER, "reference": USER * 2}, "reference"),
     "alone": ({"prompt": "why", "chosen": "yes"}, "rejected")}
 CODE = {  # name: what is in a FILE.py, and what must be told of it
