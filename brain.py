@@ -1029,10 +1029,9 @@ def encode_answers(run, examples, columns, limit):
               "they are cut, without an end")
     return [*zip(found, [ids[i : i + n] for i in range(0, len(ids), n)], strict=True)]
 
-def train_on_texts(run, name, model, loss_of, splits, columns, limit):
+def train_on_texts(run, name, model, loss_of, splits, columns, limit, size, epochs, lr):
     """Stage 1 or 2: a loss of given answers, and in the end its figures on held-out ones."""
     cfg = run.cfg
-    size, epochs, lr = (getattr(cfg, f"{name}_{dial}") for dial in ("batch", "epochs", "lr"))
     train, test = (encode_answers(run, examples, columns, limit) for examples in splits)
     stage = Stage(run, name, model, math.ceil(epochs * len(train) / size), lr, cfg.save_every)
     for step in stage:
@@ -1248,12 +1247,13 @@ def execute(run):
     prior, train, test = prepare(run)
     if run.state["stage"] == "sft":  # stage 1
         train_on_texts(run, "sft", prior, sft_loss, (train, test), ("reference",),
-                       cfg.max_response_tokens)
+                       cfg.max_response_tokens, cfg.sft_batch, cfg.sft_epochs, cfg.sft_lr)
         run.export(prior, "prior")
     if not run.reward:  # stage 2
         reward = new_reward_model(run, cfg.prior or f"{run.out}/prior")
         train_on_texts(run, "reward", reward, preference_loss, (train, test),
-                       ("chosen", "rejected"), cfg.max_comparison_tokens)
+                       ("chosen", "rejected"), cfg.max_comparison_tokens, cfg.reward_batch,
+                       cfg.reward_epochs, cfg.reward_lr)
         run.export(reward, "reward")
         run.reward = partial(score_reward, freeze(reward, run.dtype))
 

@@ -1651,8 +1651,7 @@ def test_a_stage_of_texts_by_hand(tmp_path):
     vectors *= torch.tensor([3, 1e-5, 1, 0.1])
     rows = [brain.Example(str(i), " yes" if i % 7 else None) for i in range(1, 33)]
     run, saved = fake_run(tokenizer=build_tokenizer(), out=tmp_path, seed=7, max_grad_norm=0.9,
-                          eval_prompts=3, save_every=3, micro_batch_tokens=20, sft_batch=6,
-                          sft_epochs=2, sft_lr=0.1), {0: {}}
+                          eval_prompts=3, save_every=3, micro_batch_tokens=20), {0: {}}
     run.save = lambda stage, step, **parts: saved.update({step: copy.deepcopy(parts)})
 
     def loss_of(run, model, batch):  # its gradient does not depend on the weights
@@ -1663,7 +1662,7 @@ def test_a_stage_of_texts_by_hand(tmp_path):
         model.weight.data.fill_(9.0)
         run.state = dict(stage="sft", step=start, metrics="", **saved[start])
         splits = rows[:28], rows[28:]
-        brain.train_on_texts(run, "sft", model, loss_of, splits, ("reference",), 9)
+        brain.train_on_texts(run, "sft", model, loss_of, splits, ("reference",), 9, 6, 2, 0.1)
         return model.weight.detach()
 
     end, weight, norms = train(0), torch.full((1, 4), 9.0, requires_grad=True), []
