@@ -450,10 +450,11 @@ def check_texts(tokenizer, examples):
 # ---- Models, and one layout for all of them: one prompt, n branches -----------------------------
 # The n responses to a prompt share it. Its keys and values are computed once, into a cache; then
 # the branches are fed, g of them to a row. A branch begins with the prompt's last token x₃, whose
-# output predicts y₁. Here are g = 2 branches a and b, left padding ·, and who sees (#) what:
-#                        ·  x₁ x₂    x₃ᵃ y₁ᵃ y₂ᵃ x₃ᵇ y₁ᵇ y₂ᵇ       (cache, then row of branches)
-#          predicts y₂ᵃ     #  #     #   #
-#          predicts y₂ᵇ     #  #                 #   #
+# output predicts y₁. Here are g = 2 branches a and b, padding ·, and who sees (#) what:
+#                        x₁ x₂ ·     x₃ᵃ y₁ᵃ y₂ᵃ x₃ᵇ y₁ᵇ y₂ᵇ       (cache, then row of branches)
+#          predicts y₂ᵃ  #  #        #   #
+#          predicts y₂ᵇ  #  #                    #   #
+# A token's position is the number of the others that it sees.
 # Scoring feeds whole branches, g = gcd(n, 4) to a row, the fastest (README, "The cost of a step").
 # Sampling feeds one token of each of the n at a time. Both cost P + nR tokens, and rows n(P + R).
 
@@ -462,8 +463,8 @@ MASKED = torch.finfo(torch.bfloat16).min  # finite in bf16 and fp32
 @dataclass
 class Batch:
     """B prompts with n responses each, and what becomes known of the responses, (B, n) each."""
-    prompt: Tensor  # (B, P) ids, left-padded by one −1 or more, without the last one
-    branch: Tensor  # (B, n, 1 + R) ids: the prompt's last one, then the response's, right-padded
+    prompt: Tensor  # (B, P) ids without the last one, padded by one −1 or more
+    branch: Tensor  # (B, n, 1 + R) ids: the prompt's last one, then the response's, padded
     length: Tensor  # (B, n) tokens of each response
     prompts: list  # the prompts' ids, whole
     responses: list  # the responses' ids
@@ -482,34 +483,32 @@ class Batch:
 
 def pack(prompts, responses, device="cpu") -> Batch:
     """Ids of B prompts and n responses to each, ends included, as a Batch on the device:
-    pack([[5, 6, 7]], [[[8, 0], [9]]]) has the prompt [[−1, 5, 6]], the branches
+    pack([[5, 6, 7]], [[[8, 0], [9]]]) has the prompt [[5, 6, −1]], the branches
     [[[7, 8, 0], [7, 9, −1]]] and the lengths [[2, 1]]. ValueError: no prompt, a ragged n."""
     if not all(prompts) or len({len(ys) for ys in responses}) != 1:
         raise ValueError("pack needs prompts of a token or more, and n responses to each")
     rows = [x[-1:] + y for x, ys in zip(prompts, responses, strict=True) for y in ys]  # (B·n)
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=-1)
-    prompt = pad([torch.tensor([-1, *x[:-1]]) for x in prompts], padding_side="left")
-    branch = pad([torch.tensor(row) for row in rows]).unflatten(0, (len(prompts), -1)).to(device)
+    prompt = pad([torch.tensor([*x[:-1], -1]) for x in prompts])
+    branch = pad([*map(torch.tensor, rows)]).unflatten(0, (len(prompts), -1)).to(device)
     length = (branch >= 0).sum(-1) - 1
     return Batch(prompt.to(device), branch, length, prompts, responses)
 
-def forward(model, cache, prompt_mask, tokens, branch_mask, offset):
-    """The model's output for tokens (rows, T) at so many positions behind their prompt (offset).
-    They see the prompt where its mask (rows, P) allows, and of the rest what the branches' mask
-    (…, T, T′) allows; padding, −1, is fed as any token, and nobody sees it."""
+def forward(model, cache, prompt_mask, tokens, branch_mask):
+    """The model's output for tokens (rows, T) behind their prompt. They see the prompt where its
+    mask (rows, P) allows, and of the rest what the branches' mask (T, T′) allows; padding, −1, is
+    fed as any token, and no other sees it."""
     rows, T = tokens.shape
     seen = torch.cat([prompt_mask[:, None].expand(-1, T, -1), branch_mask.expand(rows, -1, -1)], -1)
     mask = torch.where(seen, 0.0, MASKED).to(model.dtype)  # eager attention adds it to its scores
-    position = (prompt_mask.sum(-1, keepdim=True) + offset).expand(-1, T)  # (rows, T)
     return model(tokens.clamp(min=0), attention_mask=mask[:, None], use_cache=True,
-                 position_ids=position.clamp(min=0), past_key_values=cache)
+                 position_ids=seen.sum(-1) - 1, past_key_values=cache)
 
 def prefill(model, batch, cache):
     """Fill a cache with the prompts, with gradients; returns the prompts' mask (B, P)."""
     mask = batch.prompt >= 0  # (B, P)
-    itself = torch.eye(mask.shape[1], device=mask.device).bool()  # no row of attention is empty
-    earlier = (mask[:, None] & torch.ones_like(itself).tril()) | itself  # (B, P, P)
-    forward(model.base_model, cache, mask[:, :0], batch.prompt, earlier, mask.cumsum(-1) - 1)
+    earlier = mask.new_ones(mask.shape[1:] * 2).tril()  # (P, P)
+    forward(model.base_model, cache, mask[:, :0], batch.prompt, earlier)
     return mask
 
 def forward_branches(model, batch, tokens):
@@ -518,9 +517,8 @@ def forward_branches(model, batch, tokens):
     g, cache = math.gcd(n, 4), transformers.DynamicCache()
     mask = prefill(model, batch, cache).repeat_interleave(n // g, 0)  # (B·n/g, P)
     cache.batch_repeat_interleave(n // g)
-    own = torch.block_diag(*[torch.ones(T, T).tril()] * g).bool().to(tokens.device)  # (gT, gT)
-    offset = torch.arange(T, device=tokens.device).repeat(g)
-    return forward(model, cache, mask, tokens.reshape(-1, g * T), own, offset)
+    own = torch.block_diag(*[mask.new_ones(T, T).tril()] * g)  # (gT, gT)
+    return forward(model, cache, mask, tokens.reshape(-1, g * T), own)
 
 def sequence_log_prob(model, batch: Batch, temperature: float = 1.0) -> Tensor:
     """log q(y|x) of each response, (B, n), in nats, fp32, differentiable."""
@@ -572,7 +570,7 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
 
     for step in range(max_new_tokens):
         seen = own.repeat(1, step + 1)  # (n, n·(step + 1)), of the same branch
-        logits = forward(model, cache, mask, ids.flatten(1), seen, step).logits.float()  # (B, n, V)
+        logits = forward(model, cache, mask, ids.flatten(1), seen).logits.float()  # (B, n, V)
         log_p = (logits / temperature).log_softmax(-1)  # (B, n, V), fp32
         cdf = log_p.double().exp().cumsum(-1)  # (B, n, V), fp64
         ids = torch.searchsorted(cdf, uniform[..., step, None] * cdf[..., -1:], right=True)
