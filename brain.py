@@ -534,21 +534,16 @@ def score_reward(reward_model, batch: Batch) -> Tensor:
     score = reward_model.score(hidden).float().view(batch.branch.shape)  # (B, n, 1 + R)
     return score.gather(-1, batch.length[..., None])[..., 0]
 
-class Columns(transformers.DynamicLayer):
+class Columns(transformers.StaticLayer):
     """A layer's keys and values in tensors that stay where they are, (B, heads, P + n·R, d): first
     the prompt's, then those of the branches, a token of each at a time. Nothing is copied."""
-
-    def __init__(self, layer, columns):
-        super().__init__()
-        self.is_initialized, self.filled = True, layer.keys.shape[2]
-        self.keys, self.values = (F.pad(x, (0, 0, 0, columns)) for x in (layer.keys, layer.values))
+    filled = 0
 
     def update(self, keys, values, *args, **kwargs):
         """Writes the next columns, and returns those that are filled."""
-        start, self.filled = self.filled, self.filled + keys.shape[2]
-        for kept, new in (self.keys, keys), (self.values, values):
-            kept[:, :, start : self.filled] = new
-        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+        self.filled += keys.shape[2]
+        kept = super().update(keys.to(values.dtype), values)  # autocast leaves some keys in fp32
+        return [x[:, :, : self.filled] for x in kept]
 
 @torch.no_grad()
 def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: float = 1.0,
@@ -561,10 +556,9 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
     uniform = torch.stack([torch.rand(n, max_new_tokens, generator=g, dtype=torch.float64)
                            for g in generators]).to(model.device)  # (B, n, R)
     batch = pack(prompts, [[[]] * n for _ in prompts], model.device)
-    cache, ids = transformers.DynamicCache(), batch.branch  # ids: the last ones, (B, n, 1)
-    mask = prefill(model, batch, cache)  # (B, P)
-    cache.layers = [Columns(layer, n * max_new_tokens) if layer.is_initialized else layer
-                    for layer in cache.layers]
+    columns = batch.prompt.shape[1] + n * max_new_tokens
+    cache = transformers.Cache(layer_class_to_replicate=partial(Columns, columns))
+    mask, ids = prefill(model, batch, cache), batch.branch  # (B, P); the last ones, (B, n, 1)
     ends, own = torch.tensor(eos_id, device=ids.device), torch.eye(n, device=ids.device).bool()
     tokens, log_q, alive = [], torch.zeros_like(ids).float(), torch.ones_like(ids).bool()
 
