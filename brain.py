@@ -458,8 +458,6 @@ def check_texts(tokenizer, examples):
 # Scoring feeds whole branches, g = gcd(n, 4) to a row, the fastest (README, "The cost of a step").
 # Sampling feeds one token of each of the n at a time. Both cost P + nR tokens, and rows n(P + R).
 
-MASKED = torch.finfo(torch.bfloat16).min  # finite in bf16 and fp32
-
 @dataclass
 class Batch:
     """B prompts with n responses each, and what becomes known of the responses, (B, n) each."""
@@ -490,7 +488,7 @@ def pack(prompts, responses, device="cpu") -> Batch:
     rows = [x[-1:] + y for x, ys in zip(prompts, responses, strict=True) for y in ys]  # (B·n)
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=-1)
     prompt = pad([torch.tensor([*x[:-1], -1]) for x in prompts])
-    branch = pad([*map(torch.tensor, rows)]).unflatten(0, (len(prompts), -1)).to(device)
+    branch = pad(map(torch.tensor, rows)).unflatten(0, (len(prompts), -1)).to(device)
     length = (branch >= 0).sum(-1) - 1
     return Batch(prompt.to(device), branch, length, prompts, responses)
 
@@ -500,7 +498,8 @@ def forward(model, cache, prompt_mask, tokens, branch_mask):
     fed as any token, and no other sees it."""
     rows, T = tokens.shape
     seen = torch.cat([prompt_mask[:, None].expand(-1, T, -1), branch_mask.expand(rows, -1, -1)], -1)
-    mask = torch.where(seen, 0.0, MASKED).to(model.dtype)  # eager attention adds it to its scores
+    # Eager attention adds the mask to its scores; the least bf16 is finite in fp32, too.
+    mask = torch.where(seen, 0.0, torch.finfo(torch.bfloat16).min).to(model.dtype)
     return model(tokens.clamp(min=0), attention_mask=mask[:, None], use_cache=True,
                  position_ids=seen.sum(-1) - 1, past_key_values=cache)
 
@@ -560,7 +559,7 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
     cache = transformers.Cache(layer_class_to_replicate=partial(Columns, columns))
     mask, ids = prefill(model, batch, cache), batch.branch  # (B, P); the last ones, (B, n, 1)
     ends, own = torch.tensor(eos_id, device=ids.device), torch.eye(n, device=ids.device).bool()
-    tokens, log_q, alive = [], torch.zeros_like(ids).float(), torch.ones_like(ids).bool()
+    tokens, log_q, alive = [], 0, ids >= 0  # (B, n, 1): all are, as yet
 
     for step in range(max_new_tokens):
         seen = own.repeat(1, step + 1)  # (n, n·(step + 1)), of the same branch
@@ -569,7 +568,7 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
         cdf = log_p.double().exp().cumsum(-1)  # (B, n, V), fp64
         ids = torch.searchsorted(cdf, uniform[..., step, None] * cdf[..., -1:], right=True)
         ids = ids.clamp(max=cdf.shape[-1] - 1)  # (B, n, 1); u·total may round up to the total
-        log_q += log_p.gather(-1, ids).where(alive, 0)
+        log_q = log_q + log_p.gather(-1, ids).where(alive, 0)
         tokens.append(ids.where(alive, -1))  # −1 after the end
         alive &= ~torch.isin(ids, ends)
         if step % 8 == 7 and not alive.any():  # to ask is to wait for a card
