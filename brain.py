@@ -610,7 +610,7 @@ def load(run, kind, name, **new_head):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = kind.from_pretrained(name, trust_remote_code=False, dtype=torch.float32,
                                            output_loading_info=True, **new_head)
-        stray = sorted([*info["missing_keys"], *info["unexpected_keys"]])[:1]
+        stray = sorted(info["missing_keys"] | info["unexpected_keys"])[:1]
         refuse_if(stray and not new_head, f"{stray} is missing or stray: another kind of model?")
         return ready(run, copy.deepcopy(model), tokenizer), tokenizer  # aligned: sums depend on it
 
@@ -627,10 +627,8 @@ def ready(run, model, tokenizer):
         head.forward = partial(exact_head, head.forward)
 
     for config in (model.config, model.config.get_text_config()):
-        config.return_dict = True
-        for flag in vars(config):
-            if flag.lstrip("_").startswith("output_"):  # these change what a model returns
-                setattr(config, flag, False)
+        config.update(dict(return_dict=True, output_attentions=False, output_hidden_states=False,
+                           output_router_logits=False))  # these change what a model returns
     return model.eval().requires_grad_(False).to(run.device)
 
 @torch.no_grad()
