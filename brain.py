@@ -633,23 +633,21 @@ def ready(run, model, tokenizer):
 
 @torch.no_grad()
 def check_model(cfg, model, R):
-    """The start check: a padded batch at the run's n and lengths against plain rows, or Stop."""
-    P, V = cfg.max_prompt_tokens, model.config.get_text_config().vocab_size
-    n = min(8, 4 * math.ceil(max(cfg.samples_per_prompt, cfg.eval_samples) / 4))  # rows of g = 4
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or P + R
+    """The start check: scores of 8 branches, samples of the run's n, against plain rows, or Stop."""
+    P, text = cfg.max_prompt_tokens, model.config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or P + R
     is_reward = hasattr(model, "score")
 
     with explain(f"{model.config.model_type} {model.name_or_path} cannot run as branches here"):
         refuse_if(P + R > context, f"their context is {context}: lower --max_…_tokens below it")
-        ids = torch.randint(V, (n + 1, P + R), generator=make_generator("check")).tolist()
+        ids = torch.randint(text.vocab_size, (9, P + R), generator=make_generator("check")).tolist()
         prompts = [ids[0][:P], ids[0][: P // 8 + 1]]
-        responses = [y[: R - i % R] for i, y in enumerate(ids[1:])]
-        batch = pack(prompts, [responses] * 2, model.device)
+        responses = [[y[: R - i % R] for i, y in enumerate(ids[1:])]] * 2
         score = score_reward if is_reward else sequence_log_prob
-        found = [([responses] * 2, score(model, batch))]
-        if not is_reward:  # and the sampler, at the run's n
-            n = max(cfg.samples_per_prompt, cfg.eval_samples)
-            found.append(sample(model, prompts, n, R, eos_id=-1, generator=make_generator("check")))
+        found = [(responses, score(model, pack(prompts, responses, model.device)))]
+        if not is_reward:  # and the sampler
+            found.append(sample(model, prompts, max(cfg.samples_per_prompt, cfg.eval_samples), R,
+                                eos_id=-1, generator=make_generator("check")))
 
         for (ys, values), b, i in itertools.product(found, (0, 1), (0, -1)):
             x, y = prompts[b], ys[b][i]
