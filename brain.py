@@ -616,7 +616,7 @@ def load(run, kind, name, **new_head):
 
 def ready(run, model, tokenizer):
     """The model frozen, dropout off, its head in fp32, on its device; Stop for an unfit pair."""
-    ids, plain = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+    ids, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     refuse_if(not plain, "it has no tokenizer")
     refuse_if(len(tokenizer) > model.get_input_embeddings().num_embeddings, "it lacks embeddings")
     refuse_if(not model.can_generate() and model.config.num_labels != 1, "it has not one label")
@@ -723,7 +723,6 @@ def load_reward(run, source, prior):
     return partial(score_reward, freeze(model, run.dtype))
 
 # ---- A run: its folder, its one state file, its guards ------------------------------------------
-EARLY = {"lock", "state.pt.part"}  # may lie there before a state
 FREE = ("data_dir", "save_every", "micro_batch_tokens", "out")  # flags that a resume may change
 
 class Run:
@@ -753,7 +752,7 @@ class Run:
         """Lock the folder for this process, and read the state that it holds, or Stop."""
         refuse_if(not str(self.out).isprintable(), "its path is no plain text")
         self.out.mkdir(parents=True, exist_ok=True)
-        found = {*os.listdir(self.out)} - EARLY
+        found = {*os.listdir(self.out)} - {"lock", "state.pt.part"}  # may be there before a state
         refuse_if(found and "state.pt" not in found, "it holds no run: remove it, or give another")
         refuse_if(not os.access(self.out, os.W_OK), "it cannot be written")
         self.lock = filelock.FileLock(self.out / "lock")
@@ -826,7 +825,7 @@ class Run:
     def require(self, fine, what, batch):
         """Stop the run if a number is not fine (b, …), and name its prompt."""
         if not fine.all():
-            worst = batch.examples[fine.flatten(1).all(1).int().argmin()].prompt
+            worst = batch.examples[fine.all(-1).int().argmin()].prompt
             raise Guard(f"{self.progress}: {what}; prompt …{str(worst)[-60:]!r}")
 
 # ---- Training: one driver of gradients for texts (stages 1 and 2) and for samples (stage 3) -----
