@@ -813,7 +813,6 @@ class Run:
                 eos_token_id=self.ends, pad_token_id=tokenizer.pad_token_id)
 
         with explain(f"{self.out / name} cannot be written, the last state is kept", Guard):
-            shutil.rmtree(part, ignore_errors=True)
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
             read = type(model).from_pretrained(part, dtype=torch.float32).state_dict()
