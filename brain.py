@@ -743,7 +743,8 @@ class Run:
         self.progress = "start"  # later stage and step, for messages
         self.tokenizer = self.ends = self.reward = None  # see prepare
         first = "sft" if not cfg.prior else "brain" if cfg.reward else "reward"
-        self.state = {"stage": first, "step": 0, "metrics": ""}
+        self.state = dict(stage=first, step=0, metrics="", config=asdict(self.cfg),
+                          threads=torch.get_num_threads())  # what state.pt holds
         with explain(f"--out {self.out}"):
             self.claim()
         print(f"{self.device}: {self.out}, stage {self.state['stage']}, step {self.state['step']}")
@@ -780,7 +781,7 @@ class Run:
         print(f"needed: {36e-9 * parameters:.2g} GB of disk, {24e-9 * parameters:.2g} GB of memory "
               f"and what --micro_batch_tokens adds; free: {free}")
         with explain(f"--out {self.out} cannot be written", Guard):
-            if "config" not in self.state:  # the folder has a state, whenever a kill may come
+            if not (self.out / "state.pt").exists():  # the folder has a state, whenever a kill may come
                 self.save(self.state["stage"], 0)
             self.write("metrics.jsonl", self.state["metrics"])
             self.write("config.json", json.dumps(asdict(self.cfg), indent=1))
@@ -793,11 +794,9 @@ class Run:
 
     def save(self, stage, step, **parts):
         """Replace state.pt in one move."""
-        parts |= dict(stage=stage, step=step, metrics=self.state["metrics"],
-                      config=asdict(self.cfg), threads=torch.get_num_threads())
         with explain(f"{stage}, step {step}: no room for a state, the last one is kept", Guard):
             with open(self.out / "state.pt.part", "wb") as file:
-                torch.save(parts, file)
+                torch.save(self.state | dict(parts, stage=stage, step=step), file)
                 file.flush()
                 os.fsync(file.fileno())  # on the disk, before the old one goes
             os.replace(file.name, self.out / "state.pt")
