@@ -495,7 +495,7 @@ def pack(prompts, responses, device="cpu") -> Batch:
 def forward(model, cache, prompt_mask, tokens, branch_mask):
     """The model's output for tokens (rows, T) behind their prompt. They see the prompt where its
     mask (rows, P) allows, and of the rest what the branches' mask (T, T′) allows; padding, −1, is
-    fed as any token, and no other sees it."""
+    fed as any token, and no token sees it."""
     rows, T = tokens.shape
     seen = torch.cat([prompt_mask[:, None].expand(-1, T, -1), branch_mask.expand(rows, -1, -1)], -1)
     # Eager attention adds the mask to its scores; the least bf16 is finite in fp32, too.
@@ -781,7 +781,7 @@ class Run:
         print(f"needed: {36e-9 * parameters:.2g} GB of disk, {24e-9 * parameters:.2g} GB of memory "
               f"and what --micro_batch_tokens adds; free: {free}")
         with explain(f"--out {self.out} cannot be written", Guard):
-            if not (self.out / "state.pt").exists():  # the folder has a state, whenever a kill may come
+            if not (self.out / "state.pt").exists():  # from here on, whenever a kill may come
                 self.save(self.state["stage"], 0)
             self.write("metrics.jsonl", self.state["metrics"])
             self.write("config.json", json.dumps(asdict(self.cfg), indent=1))
@@ -821,7 +821,7 @@ class Run:
             os.replace(part, self.out / name)
 
     def require(self, fine, what, batch):
-        """Stop the run if a number is not fine (b, …), and name its prompt."""
+        """Stop the run if a number is not fine (b, m), and name its prompt."""
         if not fine.all():
             worst = batch.examples[fine.all(-1).int().argmin()].prompt
             raise Guard(f"{self.progress}: {what}; prompt …{str(worst)[-60:]!r}")
