@@ -759,9 +759,8 @@ class Run:
         self.lock = filelock.FileLock(self.out / "lock")
         try:
             self.lock.acquire(blocking=False)
-        except filelock.Timeout:
-            raise Stop("another process runs there") from None
-        except (OSError, NotImplementedError):  # of some network drives
+        except OSError as error:  # a Timeout, or one of some network drives
+            refuse_if(isinstance(error, filelock.Timeout), "another process runs there")
             print("warning: --out is on a file system without locks: start no second run there")
 
         if found:
