@@ -729,6 +729,8 @@ class Run:
     """What the stages share, and the folder, which one process holds. Each draw has a key of its
     own (make_generator), so a killed run needs no more than its stage, step, weights and optimizer
     to continue, on a CPU bit for bit."""
+    progress = "start"  # later stage and step, for messages
+    tokenizer = ends = reward = None  # see prepare
 
     def __init__(self, cfg):
         cuda = torch.cuda.is_available() and cfg.device != "cpu"
@@ -740,8 +742,6 @@ class Run:
         self.dtype = torch.bfloat16 if cuda else torch.float32  # of frozen matrices and of compute
         self.autocast = partial(torch.autocast, self.device, torch.bfloat16, enabled=cuda)
         self.cfg, self.out = replace(cfg, device=self.device), Path(cfg.out).absolute()
-        self.progress = "start"  # later stage and step, for messages
-        self.tokenizer = self.ends = self.reward = None  # see prepare
         first = "sft" if not cfg.prior else "brain" if cfg.reward else "reward"
         self.state = dict(stage=first, step=0, metrics="", config=asdict(self.cfg),
                           threads=torch.get_num_threads())  # what state.pt holds
