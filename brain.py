@@ -636,23 +636,22 @@ def check_model(cfg, model, R):
     """The start check: scores of 8 branches, samples of the run's n, against plain rows, or Stop."""
     P, text = cfg.max_prompt_tokens, model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None) or P + R
-    is_reward = hasattr(model, "score")
 
     with explain(f"{model.config.model_type} {model.name_or_path} cannot run as branches here"):
         refuse_if(P + R > context, f"their context is {context}: lower --max_…_tokens below it")
         ids = torch.randint(text.vocab_size, (9, P + R), generator=make_generator("check")).tolist()
         prompts = [ids[0][:P], ids[0][: P // 8 + 1]]
         responses = [[y[: R - i % R] for i, y in enumerate(ids[1:])]] * 2
-        score = score_reward if is_reward else sequence_log_prob
+        score = sequence_log_prob if model.can_generate() else score_reward
         found = [(responses, score(model, pack(prompts, responses, model.device)))]
-        if not is_reward:  # and the sampler
+        if model.can_generate():
             found.append(sample(model, prompts, max(cfg.samples_per_prompt, cfg.eval_samples), R,
                                 eos_id=-1, generator=make_generator("check")))
 
         for (ys, values), b, i in itertools.product(found, (0, 1), (0, -1)):
             x, y = prompts[b], ys[b][i]
             plain = model(torch.tensor([x + y], device=model.device)).logits[0].float()
-            if not is_reward:  # a reward is at the last token, as there is no padding
+            if model.can_generate():  # a reward is at the last token, as there is no padding
                 plain = plain[len(x) - 1 : -1].log_softmax(-1)[range(len(y)), y].sum()
             gap = (values[b, i] - plain).abs()  # measured: 1e-4
             refuse_if(not gap < 1e-3 + 1e-6 * plain.abs(), f"{gap.item():.3g} off plain rows")
