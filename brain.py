@@ -779,7 +779,7 @@ class Run:
               f"and what --micro_batch_tokens adds; free: {free}")
         with explain(f"--out {self.out} cannot be written", Guard):
             if not (self.out / "state.pt").exists():  # from here on, whenever a kill may come
-                self.save(self.state["stage"], 0)
+                self.save()
             self.write("metrics.jsonl", self.state["metrics"])
             self.write("config.json", json.dumps(asdict(self.cfg), indent=1))
 
@@ -789,11 +789,11 @@ class Run:
         part.write_text(text, encoding="utf-8")
         os.replace(part, self.out / name)
 
-    def save(self, stage, step, **parts):
-        """Replace state.pt in one move."""
-        with explain(f"{stage}, step {step}: no room for a state, the last one is kept", Guard):
+    def save(self, **parts):
+        """Replace state.pt in one move: the run's state, with these parts of it."""
+        with explain(f"{self.progress}: no room for a state, the last one is kept", Guard):
             with open(self.out / "state.pt.part", "wb") as file:
-                torch.save(self.state | dict(parts, stage=stage, step=step), file)
+                torch.save(self.state | parts, file)
                 file.flush()
                 os.fsync(file.fileno())  # on the disk, before the old one goes
             os.replace(file.name, self.out / "state.pt")
@@ -988,7 +988,7 @@ class Stage:
                        f"{left:.0f} min left; …{x[-40:]!r} → {y[:100]!r}")
         save_every = math.ceil(run.cfg.save_every / self.period) * self.period
         if done % save_every == 0 or done == self.steps:
-            run.save(self.name, done, model=self.model.state_dict(),
+            run.save(stage=self.name, step=done, model=self.model.state_dict(),
                      optimizer=self.optimizer.state_dict())
 
     def log(self, **metrics):
