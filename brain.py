@@ -489,8 +489,7 @@ def pack(prompts, responses, device="cpu") -> Batch:
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=-1)
     prompt = pad([torch.tensor([*x[:-1], -1]) for x in prompts])
     branch = pad(map(torch.tensor, rows)).unflatten(0, (len(prompts), -1)).to(device)
-    length = (branch >= 0).sum(-1) - 1
-    return Batch(prompt.to(device), branch, length, prompts, responses)
+    return Batch(prompt.to(device), branch, (branch >= 0).sum(-1) - 1, prompts, responses)
 
 def forward(model, cache, prompt_mask, tokens, branch_mask):
     """The model's output for tokens (rows, T) behind their prompt. They see the prompt where its
@@ -799,8 +798,7 @@ class Run:
             os.replace(file.name, self.out / "state.pt")
 
     def export(self, model, name):
-        """Write out/NAME with its tokenizer, whole or not at all, and read it back: the model on
-        disk is the model that was trained."""
+        """Write out/NAME, whole or not at all, if it reads back as the model that was trained."""
         tokenizer, part = self.tokenizer, self.out / f"{name}.part"  # renamed when it is whole
         if model.can_generate():  # batched, too, `generate` shall sample what was trained
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
