@@ -470,14 +470,8 @@ class Batch:
     log_sampled: Tensor | None = None  # log q′, by the sampler itself
     log_prior: Tensor | None = None  # log p and log q′, scored
     log_proposal: Tensor | None = None
-    raw_reward: Tensor | None = None  # as it was given, and
     reward: Tensor | None = None  # less the penalty
-    ended: Tensor | None = None  # 1 for a response with an end, else 0
-
-    def figures(self):
-        """What is reported of each response."""
-        return {"reward": self.reward, "raw_reward": self.raw_reward, "eos_share": self.ended,
-                "response_tokens": self.length.float()}
+    figures: dict | None = None  # what is reported of each response
 
 def pack(prompts, responses, device="cpu") -> Batch:
     """Ids of B prompts and n responses to each, ends included, as a Batch on the device:
@@ -861,13 +855,15 @@ def log_prob(run, model, batch):
 
 @torch.no_grad()
 def judge(run, batch):
-    """The one reward of each response, (b, n)."""
+    """The one reward of each response, (b, n), and its figures."""
     with run.autocast():
-        batch.raw_reward = run.reward(batch)
-    run.require(batch.raw_reward.isfinite(), "a reward is not finite", batch)
+        raw = run.reward(batch)
+    run.require(raw.isfinite(), "a reward is not finite", batch)
     ends = torch.tensor(run.ends, device=run.device)
-    batch.ended = torch.isin(batch.branch[..., 1:], ends).any(-1).float()
-    batch.reward = batch.raw_reward - run.cfg.missing_eos_penalty * (1 - batch.ended)
+    ended = torch.isin(batch.branch[..., 1:], ends).any(-1).float()  # 1 for an end, else 0
+    batch.reward = raw - run.cfg.missing_eos_penalty * (1 - ended)
+    batch.figures = dict(reward=batch.reward, raw_reward=raw, eos_share=ended,
+                         response_tokens=batch.length.float())
 
 def sample_rollouts(run, proposal, examples, n, *key):
     """3.1 Sample n responses to each of the examples, with a generator each, of this key: their ids
@@ -926,7 +922,7 @@ def policy_loss(run, policy, batch):
         log_policy, log_prior, log_proposal, batch.reward, cfg.kl_coef,
         target=cfg.target, baseline=cfg.baseline, divergence=cfg.divergence)
     moved = log_proposal - log_prior  # (b, n) log q′/p: rounding alone before the first step
-    return loss, {name: values.mean(-1) for name, values in batch.figures().items()} | {
+    return loss, {name: values.mean(-1) for name, values in batch.figures.items()} | {
         "ess_alpha": effective_sample_size(alpha), "ess_beta": effective_sample_size(beta),
         "reward_spread": batch.reward.std(-1) / cfg.kl_coef,
         "kl_to_prior": (beta * (log_policy.detach() - log_prior)).sum(-1),  # β̂: policy's shares
@@ -1090,8 +1086,8 @@ def evaluate(run, models, examples):
             for batch in batches:
                 judge(run, batch)
 
-        figures[author] = {key: mean_se(torch.cat([batch.figures()[key] for batch in batches]))
-                           for key in batches[0].figures()}
+        figures[author] = {key: mean_se(torch.cat([batch.figures[key] for batch in batches]))
+                           for key in batches[0].figures}
         if model:  # on its own samples
             ratio = torch.cat([batch.log_proposal - batch.log_prior for batch in batches])
             figures[author]["kl_to_prior"] = mean_se(ratio)
