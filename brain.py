@@ -561,7 +561,7 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
         cdf = log_p.double().exp().cumsum(-1)  # (B, n, V), fp64
         ids = torch.searchsorted(cdf, uniform[..., step, None] * cdf[..., -1:], right=True)
         ids = ids.clamp(max=cdf.shape[-1] - 1)  # (B, n, 1); u·total may round up to the total
-        log_q = log_q + log_p.gather(-1, ids).where(alive, 0)
+        log_q += log_p.gather(-1, ids).where(alive, 0)
         tokens.append(ids.where(alive, -1))  # −1 after the end
         alive &= ~torch.isin(ids, ends)
         if step % 8 == 7 and not alive.any():  # to ask is to wait for a card
