@@ -931,9 +931,9 @@ def score_rollouts(run, prior, proposal, examples, responses, log_sampled, step_
     return steps
 
 def sft_loss(run, model, batch):
-    """−log p(reference|x) per token, at temperature 1, (b,)."""
+    """−log p(reference|x) per token, at temperature 1, (b, 1)."""
     with run.autocast():
-        return -sequence_log_prob(model, batch)[:, 0] / batch.length[:, 0], {}
+        return -sequence_log_prob(model, batch) / batch.length, {}
 
 def preference_loss(run, model, batch):
     """−log P(chosen ≻ rejected), (b,), and the share of pairs ordered right."""
@@ -949,18 +949,18 @@ def policy_loss(run, policy, batch):
         log_policy, log_prior, log_proposal, batch.reward, cfg.kl_coef,
         target=cfg.target, baseline=cfg.baseline, divergence=cfg.divergence)
     moved = log_proposal - log_prior  # (b, n) log q′/p: rounding alone before the first step
-    return loss, {name: values.mean(-1) for name, values in batch.figures().items()} | {
+    return loss, batch.figures() | {
         "ess_alpha": effective_sample_size(alpha), "ess_beta": effective_sample_size(beta),
         "reward_spread": batch.reward.std(-1) / cfg.kl_coef,
         "kl_to_prior": (beta * (log_policy.detach() - log_prior)).sum(-1),  # β̂: policy's shares
-        "refresh_kl": moved.mean(-1), "refresh_kl_sd": moved.std(-1)}
+        "refresh_kl": moved, "refresh_kl_sd": moved.std(-1)}
 
 def accumulate_gradient(run, model, batches, loss_of):
     """Add up the gradient of the mean loss over all prompts; returns the means of loss and metrics.
     A frozen model gets no gradient."""
     found, total = [], sum(len(batch.examples) for batch in batches)
     for batch in batches:
-        loss, metrics = loss_of(run, model, batch)  # (b,) each
+        loss, metrics = loss_of(run, model, batch)  # per prompt, some (b, n): the mean is one
         run.require(loss.isfinite()[:, None], "the loss is not finite", batch)
         if loss.requires_grad:
             (loss.sum() / total).backward()
