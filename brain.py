@@ -859,20 +859,21 @@ def take(examples, first, count, *key):
     order = torch.cat([torch.randperm(N, generator=make_generator(*key, i)) for i in epochs])
     return [examples[i] for i in order[first % N :][:count]]
 
-def split_batches(run, examples, responses, log_sampled=None):
-    """Micro-batches of n responses (ids) to each of the examples, sorted by the prompts' lengths.
-    A response token counts as 1 + V/2¹⁶ tokens, for its V logits."""
-    prompts = [encode_prompt(run.tokenizer, example.prompt) for example in examples]
-    longest = max(map(len, itertools.chain(*responses)))
-    tokens = max(map(len, prompts)) + len(responses[0]) * longest * (1 + len(run.tokenizer) / 2**16)
+def split_batches(run, rows):
+    """Micro-batches of rows, each an example, n responses (ids) and, if they are sampled, log q′ of
+    each, (n,). Sorted by the prompts' lengths; a response token counts 1 + V/2¹⁶, for V logits."""
+    prompts = [encode_prompt(run.tokenizer, row[0].prompt) for row in rows]
+    longest = max(len(y) for row in rows for y in row[1])
+    tokens = max(map(len, prompts)) + len(rows[0][1]) * longest * (1 + len(run.tokenizer) / 2**16)
     size = max(1, int(run.cfg.micro_batch_tokens / tokens))
     order = torch.tensor([len(x) for x in prompts]).argsort(stable=True)
 
     batches = []
     for part in order.split(size):
-        rows = [[column[i] for i in part] for column in (prompts, responses, examples)]
-        known = None if log_sampled is None else log_sampled[part]
-        batches.append(replace(pack(*rows[:2], run.device), examples=rows[2], log_sampled=known))
+        examples, responses, *sampled = zip(*[rows[i] for i in part], strict=True)
+        batches.append(pack([prompts[i] for i in part], responses, run.device))
+        batches[-1].examples = examples
+        batches[-1].log_sampled = torch.stack(*sampled) if sampled else None  # (b, n)
     return batches
 
 def log_prob(run, model, batch):
@@ -893,28 +894,25 @@ def judge(run, batch):
     batch.reward = batch.raw_reward - run.cfg.missing_eos_penalty * (1 - batch.ended)
 
 def sample_rollouts(run, proposal, examples, n, *key):
-    """3.1 Sample n responses to each of the examples, with a generator each, of this key: their ids
-    (B, n), and log q′ by the sampler, (B, n)."""
-    cfg, found = run.cfg, []
+    """3.1 Sample n responses to each of the examples, with a generator each, of this key: rows
+    (example, ids of n responses, log q′ by the sampler)."""
+    cfg, rows = run.cfg, []
     generators = [make_generator(cfg.seed, *key, i) for i in range(len(examples))]
     prompts = [encode_prompt(run.tokenizer, example.prompt) for example in examples]
     size = 8 * cfg.micro_batch_tokens // (cfg.max_prompt_tokens + n * cfg.max_response_tokens) or 1
     for first in range(0, len(prompts), size):  # more than in training: it keeps no activations
         part = slice(first, first + size)
         with run.autocast():
-            found.append(sample(proposal, prompts[part], n, cfg.max_response_tokens,
-                                eos_id=run.ends, temperature=cfg.temperature,
-                                generator=generators[part]))
-    responses, log_sampled = zip(*found, strict=True)
-    return [*itertools.chain(*responses)], torch.cat(log_sampled)
+            drawn = sample(proposal, prompts[part], n, cfg.max_response_tokens, eos_id=run.ends,
+                           temperature=cfg.temperature, generator=generators[part])
+        rows += zip(examples[part], *drawn, strict=True)
+    return rows
 
-def score_rollouts(run, prior, proposal, examples, responses, log_sampled, step_size):
+def score_rollouts(run, prior, proposal, rows, step_size):
     """3.2 Score the samples: rewards, log p and log q′, in the micro-batches and the autocast of
     3.3, so that log q_θ − log q′ begins at exactly 0. Returns the batches of each step, of so many
-    examples. Scored is sampled: the sampler's own log q′ is the score, up to rounding, or Stop."""
-    parts = [slice(i, i + step_size) for i in range(0, len(examples), step_size)]
-    steps = [split_batches(run, examples[part], responses[part], log_sampled[part])
-             for part in parts]
+    rows. Scored is sampled: the sampler's own log q′ is the score, up to rounding, or Stop."""
+    steps = [split_batches(run, rows[i : i + step_size]) for i in range(0, len(rows), step_size)]
     for batch in itertools.chain(*steps):
         judge(run, batch)
         with torch.no_grad():
@@ -1035,14 +1033,13 @@ def train_on_texts(run, name, model, loss_of, splits, columns, limit, size, epoc
     train, test = (encode_answers(run, examples, columns, limit) for examples in splits)
     stage = Stage(run, name, model, math.ceil(epochs * len(train) / size), lr, cfg.save_every)
     for step in stage:
-        drawn = take(train, step * size, size, cfg.seed, name)
-        batches = split_batches(run, *zip(*drawn, strict=True))
+        batches = split_batches(run, take(train, step * size, size, cfg.seed, name))
         metrics = accumulate_gradient(run, model, batches, loss_of)
         stage.update(metrics, batches[0])
 
     model.requires_grad_(False)
     if test:
-        held_out = split_batches(run, *zip(*test[: cfg.eval_prompts], strict=True))
+        held_out = split_batches(run, test[: cfg.eval_prompts])
         stage.log(held_out=accumulate_gradient(run, model, held_out, loss_of))
 
 def train_policy(run, prior, policy, examples, listed):
@@ -1057,8 +1054,8 @@ def train_policy(run, prior, policy, examples, listed):
         place, metrics = step % refresh, {}
         if place == 0:
             drawn = take(examples, step * size, refresh * size, cfg.seed, "brain")
-            samples = sample_rollouts(run, proposal, drawn, n, "brain", step)  # 3.1 sample
-            rollouts = score_rollouts(run, prior, proposal, drawn, *samples, size)  # 3.2 score
+            rows = sample_rollouts(run, proposal, drawn, n, "brain", step)  # 3.1 sample
+            rollouts = score_rollouts(run, prior, proposal, rows, size)  # 3.2 score
             if listed and step // refresh % max(1, cfg.steps // refresh // 5) == 0:
                 metrics["kl_to_posterior"] = exact_kl(run, policy, listed)
         metrics |= accumulate_gradient(run, policy, rollouts[place], policy_loss)  # 3.3 weigh
@@ -1080,7 +1077,7 @@ def enumerate_posterior(run, prior, examples):
     drawn = itertools.product(range(V), repeat=R)
     space = dict.fromkeys(until_end(y, run.ends) for y in drawn)  # each response once
     listed = []
-    for batch in split_batches(run, examples, [[*map(list, space)]] * len(examples)):
+    for batch in split_batches(run, [(example, [*map(list, space)]) for example in examples]):
         judge(run, batch)
         log_joint = log_prob(run, prior, batch) + batch.reward / run.cfg.kl_coef  # (b, |Y|)
         listed.append((batch, log_joint.log_softmax(-1)))
@@ -1102,14 +1099,14 @@ def evaluate(run, models, examples):
     cfg, B, figures, samples, rewards, known = run.cfg, len(examples), {}, [], {}, {}
     for author in ("prior", "policy", "reference"):
         if model := models.get(author):
-            drawn = sample_rollouts(run, model, examples, cfg.eval_samples, "eval", author)
-            batches, = score_rollouts(run, models["prior"], model, examples, *drawn, B)
+            rows = sample_rollouts(run, model, examples, cfg.eval_samples, "eval", author)
+            batches, = score_rollouts(run, models["prior"], model, rows, B)
         else:
             limit = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
-            given = encode_answers(run, examples, ["reference"], limit)
-            if len(given) < B:
+            rows = encode_answers(run, examples, ["reference"], limit)
+            if len(rows) < B:
                 continue
-            batches = split_batches(run, *zip(*given, strict=True))
+            batches = split_batches(run, rows)
             for batch in batches:
                 judge(run, batch)
 
@@ -1236,7 +1233,7 @@ def prepare(run):
     if run.reward:
         start = encode_prompt(run.tokenizer, train[0].prompt)[:8]
         with explain("the reward was tried on two responses, both the start of a prompt"):
-            judge(run, split_batches(run, train[:1], [[start, start]])[0])
+            judge(run, *split_batches(run, [(train[0], [start, start])]))
     run.begin(prior.num_parameters())
     print(cfg)
     return prior, train, test
