@@ -1154,39 +1154,34 @@ def report(run, result, figures, samples):
 # ---- Derivation checks: brain_loss and autograd on one side, the equations on the other ---------
 Check = namedtuple("Check", "name claim error tolerance ok")  # error: largest absolute difference
 
-def shares(x):
-    """Rows divided by their sum."""
-    return x / x.sum(-1, keepdim=True)
-
 def derivation_checks() -> list[Check]:
     """What the method rests on: the gradient in log q_θ, of random float64 numbers, is that of the
     equations, which are written in nothing but exp, log and sums."""
     drawn = torch.randn(4, 3, 5, dtype=torch.float64, generator=make_generator("checks"))
-    (q, p, q1, r), kl_coef, n = drawn, 0.7, 5
-    alpha, ratio = shares((p + r / kl_coef - q1).exp()), (q - q1).exp()  # exp(ρ) = q_θ/q′
-    w, beta = r - kl_coef * (q - p), shares(ratio)  # w is PPO's reward, with its KL
+    (q, p, q1, r), (q2, p2, _, r2), kl_coef, n = drawn, drawn[..., :2], 0.7, 5  # and two samples
+    ratio, w = (q - q1).exp(), r - kl_coef * (q - p)  # exp(ρ) = q_θ/q′; PPO's reward with its KL
+    alpha = F.normalize((p + r / kl_coef - q1).exp(), 1, -1)  # divided by the sum over n
+    beta = F.normalize(ratio, 1, -1)
     leave_one_out = w - (w.sum(-1, keepdim=True) - w) / (n - 1)  # RLOO's advantage
-    sign = (r - r.flip(-1))[..., [0, -1]].sign()  # of two samples: +1 chosen, −1 rejected
-    margin = (sign * (q - p)[..., [0, -1]]).sum(-1, keepdim=True)  # Δ log(q_θ/p)
-    claims = {
-        "none": ("−Σ α̂ ∇log q_θ: DPG", -alpha, dict(baseline="none")),
-        "unnormalized": ("−Σ (α̂ − exp(ρ)/n) ∇log q_θ: GDC++", ratio / n - alpha,
-                         dict(baseline="unnormalized")),
-        "self_normalized": ("−Σ (α̂ − β̂) ∇log q_θ: BRAIn", beta - alpha, {}),
-        "DPO": ("argmax of two samples of the prior: that of −log σ(Δ log(q_θ/p)), DPO-sft",
-                -sign / (1 + margin.exp()), dict(target="argmax")),
-        "reverse": ("KL(β̂ ‖ α̂): −Σ β̂ (w − Σ β̂w) ∇log q_θ / kl_coef, PPO's, on-policy RLOO's",
-                -beta * (w - (beta * w).sum(-1, keepdim=True)) / kl_coef,
-                dict(divergence="reverse")),
-        "log_variance": ("½ Var(log p + r/kl_coef − log q_θ): RLOO's / kl_coef, whoever sampled",
-                 -leave_one_out / n / kl_coef, dict(divergence="log_variance"))}
+    sign = (r2 - r2.flip(-1)).sign()  # +1 chosen, −1 rejected
+    margin = (sign * (q2 - p2)).sum(-1, keepdim=True)  # Δ log(q_θ/p)
+    claims = [
+        ("none", "−Σ α̂ ∇log q_θ: DPG", -alpha, dict(baseline="none")),
+        ("unnormalized", "−Σ (α̂ − exp(ρ)/n) ∇log q_θ: GDC++", ratio / n - alpha,
+         dict(baseline="unnormalized")),
+        ("self_normalized", "−Σ (α̂ − β̂) ∇log q_θ: BRAIn", beta - alpha, {}),
+        ("DPO", "argmax of two samples of the prior: that of −log σ(Δ log(q_θ/p)), DPO-sft",
+         -sign / (1 + margin.exp()), dict(target="argmax")),
+        ("reverse", "KL(β̂ ‖ α̂): −Σ β̂ (w − Σ β̂w) ∇log q_θ / kl_coef, PPO's, on-policy RLOO's",
+         -beta * (w - (beta * w).sum(-1, keepdim=True)) / kl_coef, dict(divergence="reverse")),
+        ("log_variance", "½ Var(log p + r/kl_coef − log q_θ): RLOO's / kl_coef, whoever sampled",
+         -leave_one_out / n / kl_coef, dict(divergence="log_variance"))]
 
     checks = []
-    for name, (claim, gradient, dials) in claims.items():
-        inputs = [x[..., [0, -1]] for x in (q, p, p, r)] if name == "DPO" else [q, p, q1, r]
-        inputs[0] = inputs[0].clone().requires_grad_()
-        loss, _ = brain_loss(*inputs, kl_coef, **dials)
-        found, = torch.autograd.grad(loss.sum(), inputs[0])
+    for name, claim, gradient, dials in claims:
+        log_policy, *given = (q2, p2, p2, r2) if name == "DPO" else (q, p, q1, r)
+        loss, _ = brain_loss(log_policy.requires_grad_(), *given, kl_coef, **dials)
+        found, = torch.autograd.grad(loss.sum(), log_policy)
         error = (found - gradient).abs().max().item()
         checks.append(Check(name, claim, error, 1e-12, error <= 1e-12))
     return checks
