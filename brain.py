@@ -845,7 +845,6 @@ class Run:
             raise Guard(f"{self.progress}: {what}; prompt …{str(worst)[-60:]!r}")
 
 # ---- Training: one driver of gradients for texts (stages 1 and 2) and for samples (stage 3) -----
-NO_REFERENCE = "reward_reference", "win_rate_vs_reference", "win_rate_vs_reference_se"
 SHOWN = ("loss", "accuracy", "reward", "kl_to_prior", "ess_alpha")  # metrics on the screen
 
 def make_generator(*key):
@@ -1070,25 +1069,25 @@ def mean_se(values):
 
 @torch.no_grad()
 def enumerate_posterior(run, prior, examples):
-    """Toy's batches of all of Y, the space of responses, and log p(y|x, G=1) of each, (b, |Y|)."""
+    """Toy's batches of all of Y, the space of responses, with their rewards and log p, (b, |Y|)."""
     R, V = run.cfg.max_response_tokens, prior.get_input_embeddings().num_embeddings
     if run.cfg.task != "toy" or V**R > 50_000:
         return []
     drawn = itertools.product(range(V), repeat=R)
     space = dict.fromkeys(until_end(y, run.ends) for y in drawn)  # each response once
-    listed = []
-    for batch in split_batches(run, [(example, [*map(list, space)]) for example in examples]):
+    listed = split_batches(run, [(example, [*map(list, space)]) for example in examples])
+    for batch in listed:
         judge(run, batch)
-        log_joint = log_prob(run, prior, batch) + batch.reward / run.cfg.kl_coef  # (b, |Y|)
-        listed.append((batch, log_joint.log_softmax(-1)))
+        batch.log_prior = log_prob(run, prior, batch)
     return listed
 
 @torch.no_grad()
 def exact_kl(run, model, listed):
     """KL(posterior ‖ model), over all of Y, mean over the prompts; of toy alone."""
     kls = []
-    for batch, log_posterior in listed:
+    for batch in listed:
         log_q = log_prob(run, model, batch)  # (b, |Y|)
+        log_posterior = (batch.log_prior + batch.reward / run.cfg.kl_coef).log_softmax(-1)
         run.require(log_q.logsumexp(-1, True).abs() < 1e-4, "Y does not sum to 1", batch)
         kls += (log_posterior.exp() * (log_posterior - log_q)).sum(-1).tolist()
     return sum(kls) / len(kls)
@@ -1122,7 +1121,7 @@ def evaluate(run, models, examples):
                 keys = [(repr(example), *y) for y in ys]  # equal responses have equal rewards
                 samples.append(dict(prompt=example.prompt, model=author, responses=texts,
                                     rewards=[*map(known.setdefault, keys, worth)]))
-        rewards[author] = torch.tensor([row["rewards"] for row in samples[-B:]]).double()  # (B, m)
+        rewards[author] = torch.tensor([row["rewards"] for row in samples[-B:]], dtype=torch.double)
 
     for author, other in ("policy", "prior"), ("policy", "reference"), ("prior", "reference"):
         if other in rewards:
@@ -1138,14 +1137,14 @@ def report(run, result, figures, samples):
     flags = [f"--{key} {value}" for key, value in asdict(cfg).items()
              if key not in FREE and value not in (None, usual[key])]
     table = ["| | " + " | ".join(figures) + " |", "|---" * (1 + len(figures)) + "|"]
-    for key in dict.fromkeys(itertools.chain(*figures.values())):
-        cells = [figures[author].get(key) for author in figures]
-        cells = [f"{cell[0]:.3f} ± {cell[1]:.3f}" if cell else "" for cell in cells]
+    for key in figures["policy"]:  # which has all
+        cells = ["{:.3f} ± {:.3f}".format(*row[key]) if key in row else ""
+                 for row in figures.values()]
         table.append(f"| {key} | {' | '.join(cells)} |")
 
-    text = [f"# BRAIn on {cfg.task}", "", f"Flags beside the task's own: `{' '.join(flags)}`", "",
-            "Means over held-out prompts ± standard errors; samples.jsonl has the samples:", ""]
-    run.write("report.md", "\n".join([*text, *table, ""]))
+    text = (f"# BRAIn on {cfg.task}\n\nFlags beside the task's own: `{' '.join(flags)}`\n\n"
+            "Means over held-out prompts ± standard errors; samples.jsonl has the samples:\n\n")
+    run.write("report.md", text + "\n".join(table) + "\n")
     run.write("samples.jsonl", "".join(f"{json.dumps(sample)}\n" for sample in samples))
     run.write("result.json", json.dumps(result | {"config": asdict(cfg)}))
     print(*table, f"{run.out} has report.md, samples.jsonl, result.json, metrics.jsonl and policy/",
@@ -1260,8 +1259,9 @@ def execute(run):
     run.progress = "eval"  # stage 4
     models = {"prior": prior, "policy": freeze(policy, run.dtype)}
     figures, samples = evaluate(run, models, held_out)
-    result = {"task": cfg.task, "steps": cfg.steps, "seconds": time.time() - began}
-    result |= dict.fromkeys(NO_REFERENCE)
+    result = {"task": cfg.task, "steps": cfg.steps, "seconds": time.time() - began,
+              "reward_reference": None, "win_rate_vs_reference": None,
+              "win_rate_vs_reference_se": None}  # unless all prompts have one
     result |= {f"reward_{author}": row["reward"][0] for author, row in figures.items()}
     for key, (mean, error) in figures["policy"].items():
         result |= {key: mean, f"{key}_se": error}
