@@ -972,7 +972,7 @@ class Stage:
         self.run, self.name, self.model = run, name, model.requires_grad_()
         self.steps, self.lr, self.period = steps, lr, period
         self.optimizer = torch.optim.AdamW(model.parameters(), eps=1e-5, weight_decay=0)
-        self.start = run.state["step"] if run.state["stage"] == name else 0
+        self.start = run.state.pop("step", 0)  # the first stage of this process is the state's
         if self.start:
             model.load_state_dict(run.state.pop("model"))  # its memory is free again
             self.optimizer.load_state_dict(run.state.pop("optimizer"))
@@ -1211,8 +1211,8 @@ def prepare(run):
     prior, run.tokenizer = load(run, AutoModelForCausalLM, source) if source else toy_model(run)
     check_model(cfg, prior, cfg.max_response_tokens)
     ends = prior.generation_config.eos_token_id  # none, one or several
-    ends = {run.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    run.ends = sorted(ends - {None})
+    ends = ends if isinstance(ends, list) else [ends]
+    run.ends = sorted({run.tokenizer.eos_token_id, *ends} - {None})
     if cfg.reward or stage == "brain":
         run.reward = load_reward(run, cfg.reward or f"{run.out}/reward", prior)
     elif source:  # stage 2 will need one
@@ -1223,7 +1223,7 @@ def prepare(run):
         refuse_if(not getattr(cfg, flag) and all(getattr(row, column) is None for row in train),
                   f"train has no row with a {column} text; add some, or give --{flag}")
     with explain(source or cfg.task):
-        check_texts(run.tokenizer, [*train[:16], *test[:16]])
+        check_texts(run.tokenizer, train[:16] + test[:16])
     if run.reward:
         start = encode_prompt(run.tokenizer, train[0].prompt)[:8]
         with explain("the reward was tried on two responses, both the start of a prompt"):
@@ -1291,8 +1291,8 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             run.lock.release()
         return 0
-    except SystemExit as stop:  # --help
-        return int(stop.code != 0)
+    except SystemExit:  # --help
+        return 0
     except KeyboardInterrupt:
         status, message = 130, "stopped; the same command continues"
     except Exception as error:
