@@ -971,7 +971,7 @@ class Stage:
     def __init__(self, run, name, model, steps, lr, period):
         self.run, self.name, self.model = run, name, model.requires_grad_()
         self.steps, self.lr, self.period = steps, lr, period
-        self.optimizer = torch.optim.AdamW(model.parameters(), eps=1e-5, weight_decay=0)
+        self.optimizer = torch.optim.Adam(model.parameters(), eps=1e-5)
         self.start = run.state.pop("step", 0)  # the first stage of this process is the state's
         if self.start:
             model.load_state_dict(run.state.pop("model"))  # its memory is free again
@@ -985,7 +985,7 @@ class Stage:
             yield step
 
     def update(self, metrics, shown):
-        """3.4 Step: AdamW at a rate that falls linearly to 0. It is logged, and when that is due, a
+        """3.4 Step: Adam at a rate that falls linearly to 0. It is logged, and when that is due, a
         sample of the batch `shown` is printed and the state is saved."""
         run, rate, done = self.run, self.lr * (1 - self.step / self.steps), self.step + 1
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), run.cfg.max_grad_norm)
@@ -1055,7 +1055,7 @@ def train_policy(run, prior, policy, examples, listed):
             drawn = take(examples, step * size, refresh * size, cfg.seed, "brain")
             rows = sample_rollouts(run, proposal, drawn, n, "brain", step)  # 3.1 sample
             rollouts = score_rollouts(run, prior, proposal, rows, size)  # 3.2 score
-            if listed and step // refresh % max(1, cfg.steps // refresh // 5) == 0:
+            if listed and step % max(1, cfg.steps // 5) < refresh:  # once in a fifth of the run
                 metrics["kl_to_posterior"] = exact_kl(run, policy, listed)
         metrics |= accumulate_gradient(run, policy, rollouts[place], policy_loss)  # 3.3 weigh
         stage.update(metrics, rollouts[place][0])  # 3.4 step
