@@ -893,8 +893,7 @@ def judge(run, batch):
     batch.reward = batch.raw_reward - run.cfg.missing_eos_penalty * (1 - batch.ended)
 
 def sample_rollouts(run, proposal, examples, n, *key):
-    """3.1 Sample n responses to each of the examples, with a generator each, of this key: rows
-    (example, ids of n responses, log q′ by the sampler)."""
+    """3.1 Sample n responses to each example, with a generator each, of this key: as rows."""
     cfg, rows = run.cfg, []
     generators = [make_generator(cfg.seed, *key, i) for i in range(len(examples))]
     prompts = [encode_prompt(run.tokenizer, example.prompt) for example in examples]
@@ -929,13 +928,11 @@ def score_rollouts(run, prior, proposal, rows, step_size):
 
 def sft_loss(run, model, batch):
     """−log p(reference|x) per token, at temperature 1, (b, 1)."""
-    with run.autocast():
-        return -sequence_log_prob(model, batch) / batch.length, {}
+    return -sequence_log_prob(model, batch) / batch.length, {}
 
 def preference_loss(run, model, batch):
     """−log P(chosen ≻ rejected), (b,), and the share of pairs ordered right."""
-    with run.autocast():
-        chosen, rejected = score_reward(model, batch).T  # (b,) each
+    chosen, rejected = score_reward(model, batch).T  # (b,) each
     return bradley_terry_loss(chosen, rejected), {"accuracy": (chosen > rejected).float()}
 
 def policy_loss(run, policy, batch):
@@ -953,11 +950,11 @@ def policy_loss(run, policy, batch):
         "refresh_kl": moved, "refresh_kl_sd": moved.std(-1)}
 
 def accumulate_gradient(run, model, batches, loss_of):
-    """Add up the gradient of the mean loss over all prompts; returns the means of loss and metrics.
-    A frozen model gets no gradient."""
+    """Add up the gradient, if there is one, of the mean loss; returns means of loss and metrics."""
     found, total = [], sum(len(batch.examples) for batch in batches)
     for batch in batches:
-        loss, metrics = loss_of(run, model, batch)  # per prompt, some (b, n): the mean is one
+        with run.autocast():
+            loss, metrics = loss_of(run, model, batch)  # (b,), of prompts; some (b, n)
         run.require(loss.isfinite()[:, None], "the loss is not finite", batch)
         if loss.requires_grad:
             (loss.sum() / total).backward()
@@ -1050,15 +1047,15 @@ def train_policy(run, prior, policy, examples, listed):
 
     stage = Stage(run, "brain", policy, cfg.steps, cfg.lr, refresh)
     for step in stage:
-        place, metrics = step % refresh, {}
-        if place == 0:
+        if step % refresh == 0:
             drawn = take(examples, step * size, refresh * size, cfg.seed, "brain")
             rows = sample_rollouts(run, proposal, drawn, n, "brain", step)  # 3.1 sample
             rollouts = score_rollouts(run, prior, proposal, rows, size)  # 3.2 score
-            if listed and step % max(1, cfg.steps // 5) < refresh:  # once in a fifth of the run
-                metrics["kl_to_posterior"] = exact_kl(run, policy, listed)
-        metrics |= accumulate_gradient(run, policy, rollouts[place], policy_loss)  # 3.3 weigh
-        stage.update(metrics, rollouts[place][0])  # 3.4 step
+        batches = rollouts[step % refresh]
+        metrics = accumulate_gradient(run, policy, batches, policy_loss)  # 3.3 weigh
+        if listed and step % max(1, cfg.steps // 5) == 0:
+            metrics["kl_to_posterior"] = exact_kl(run, policy, listed)
+        stage.update(metrics, batches[0])  # 3.4 step
     policy.requires_grad_(False)
 
 # ---- Evaluation and report ----------------------------------------------------------------------
@@ -1073,8 +1070,7 @@ def enumerate_posterior(run, prior, examples):
     R, V = run.cfg.max_response_tokens, prior.get_input_embeddings().num_embeddings
     if run.cfg.task != "toy" or V**R > 50_000:
         return []
-    drawn = itertools.product(range(V), repeat=R)
-    space = dict.fromkeys(until_end(y, run.ends) for y in drawn)  # each response once
+    space = sorted({until_end(y, run.ends) for y in itertools.product(range(V), repeat=R)})
     listed = split_batches(run, [(example, [*map(list, space)]) for example in examples])
     for batch in listed:
         judge(run, batch)
