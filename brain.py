@@ -882,7 +882,6 @@ def log_prob(run, model, batch):
     run.require(found.isfinite(), "a log-probability is not finite", batch)
     return found
 
-@torch.no_grad()
 def judge(run, batch):
     """The one reward of each response, (b, n)."""
     with run.autocast():
@@ -913,6 +912,8 @@ def score_rollouts(run, prior, proposal, rows, step_size):
     steps = [split_batches(run, rows[i : i + step_size]) for i in range(0, len(rows), step_size)]
     for batch in itertools.chain(*steps):
         judge(run, batch)
+        if batch.log_sampled is None:  # given answers
+            continue
         with torch.no_grad():
             batch.log_prior = log_prob(run, prior, batch)
             batch.log_proposal = log_prob(run, proposal, batch)
@@ -1056,7 +1057,6 @@ def train_policy(run, prior, policy, examples, listed):
         if listed and step % max(1, cfg.steps // 5) == 0:
             metrics["kl_to_posterior"] = exact_kl(run, policy, listed)
         stage.update(metrics, batches[0])  # 3.4 step
-    policy.requires_grad_(False)
 
 # ---- Evaluation and report ----------------------------------------------------------------------
 def mean_se(values):
@@ -1064,7 +1064,6 @@ def mean_se(values):
     means = values.double().mean(-1)  # (B,)
     return means.mean().item(), means.std().item() / math.sqrt(len(means))
 
-@torch.no_grad()
 def enumerate_posterior(run, prior, examples):
     """Toy's batches of all of Y, the space of responses, with their rewards and log p, (b, |Y|)."""
     R, V = run.cfg.max_response_tokens, prior.get_input_embeddings().num_embeddings
@@ -1095,16 +1094,13 @@ def evaluate(run, models, examples):
     for author in ("prior", "policy", "reference"):
         if model := models.get(author):
             rows = sample_rollouts(run, model, examples, cfg.eval_samples, "eval", author)
-            batches, = score_rollouts(run, models["prior"], model, rows, B)
         else:
             limit = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
             rows = encode_answers(run, examples, ["reference"], limit)
-            if len(rows) < B:
-                continue
-            batches = split_batches(run, rows)
-            for batch in batches:
-                judge(run, batch)
+        if len(rows) < B:
+            continue
 
+        batches, = score_rollouts(run, models["prior"], model, rows, B)
         figures[author] = {key: mean_se(torch.cat([batch.figures()[key] for batch in batches]))
                            for key in batches[0].figures()}
         if model:  # on its own samples
@@ -1129,7 +1125,7 @@ def evaluate(run, models, examples):
 def report(run, result, figures, samples):
     """report.md, samples.jsonl and result.json; the table and the result are printed, too."""
     cfg = run.cfg
-    usual = asdict(Config(task=cfg.task, device=cfg.device)) | TASKS[cfg.task].preset
+    usual = asdict(Config()) | TASKS[cfg.task].preset
     flags = [f"--{key} {value}" for key, value in asdict(cfg).items()
              if key not in FREE and value not in (None, usual[key])]
     table = ["| | " + " | ".join(figures) + " |", "|---" * (1 + len(figures)) + "|"]
@@ -1157,7 +1153,6 @@ def derivation_checks() -> list[Check]:
     ratio, w = (q - q1).exp(), r - kl_coef * (q - p)  # exp(ρ) = q_θ/q′; PPO's reward with its KL
     alpha = F.normalize((p + r / kl_coef - q1).exp(), 1, -1)  # divided by the sum over n
     beta = F.normalize(ratio, 1, -1)
-    leave_one_out = w - (w.sum(-1, keepdim=True) - w) / (n - 1)  # RLOO's advantage
     sign = (r2 - r2.flip(-1)).sign()  # +1 chosen, −1 rejected
     margin = (sign * (q2 - p2)).sum(-1, keepdim=True)  # Δ log(q_θ/p)
     claims = [
@@ -1170,7 +1165,7 @@ def derivation_checks() -> list[Check]:
         ("reverse", "KL(β̂ ‖ α̂): −Σ β̂ (w − Σ β̂w) ∇log q_θ / kl_coef, PPO's, on-policy RLOO's",
          -beta * (w - (beta * w).sum(-1, keepdim=True)) / kl_coef, dict(divergence="reverse")),
         ("log_variance", "½ Var(log p + r/kl_coef − log q_θ): RLOO's / kl_coef, whoever sampled",
-         -leave_one_out / n / kl_coef, dict(divergence="log_variance"))]
+         (w.mean(-1, keepdim=True) - w) / (n - 1) / kl_coef, dict(divergence="log_variance"))]
 
     checks = []
     for name, claim, gradient, dials in claims:
@@ -1245,7 +1240,7 @@ def execute(run):
         run.reward = partial(score_reward, freeze(reward, run.dtype))
 
     torch.backends.cuda.matmul.allow_tf32 = True  # fp32 heads: 10 bits of mantissa, bf16 has 7
-    prior = freeze(prior, run.dtype)  # stage 3: the policy starts from the rounded matrices
+    freeze(prior, run.dtype)  # stage 3: the policy starts from the rounded matrices
     policy = copy.deepcopy(prior).float()
     held_out = take(test, 0, min(cfg.eval_prompts, len(test)), cfg.seed, "eval")
     listed = enumerate_posterior(run, prior, held_out[:8])
