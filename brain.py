@@ -854,7 +854,7 @@ def make_generator(*key):
 def take(examples, first, count, *key):
     """The first-th example and those after it, `count` in all, shuffled anew in each epoch."""
     N = len(examples)
-    epochs = range(first // N, (first + count - 1) // N + 1)
+    epochs = range(first // N, (first + count) // N + 1)
     order = torch.cat([torch.randperm(N, generator=make_generator(*key, i)) for i in epochs])
     return [examples[i] for i in order[first % N :][:count]]
 
@@ -866,7 +866,6 @@ def split_batches(run, rows):
     tokens = max(map(len, prompts)) + len(rows[0][1]) * longest * (1 + len(run.tokenizer) / 2**16)
     size = max(1, int(run.cfg.micro_batch_tokens / tokens))
     order = torch.tensor([len(x) for x in prompts]).argsort(stable=True)
-
     batches = []
     for part in order.split(size):
         examples, responses, *sampled = zip(*[rows[i] for i in part], strict=True)
@@ -908,7 +907,8 @@ def sample_rollouts(run, proposal, examples, n, *key):
 def score_rollouts(run, prior, proposal, rows, step_size):
     """3.2 Score the samples: rewards, log p and log q′, in the micro-batches and the autocast of
     3.3, so that log q_θ − log q′ begins at exactly 0. Returns the batches of each step, of so many
-    rows. Scored is sampled: the sampler's own log q′ is the score, up to rounding, or Stop."""
+    rows. Scored is sampled: the sampler's own log q′ is the score, up to rounding, or Stop. Given
+    answers, without it, get a reward alone."""
     steps = [split_batches(run, rows[i : i + step_size]) for i in range(0, len(rows), step_size)]
     for batch in itertools.chain(*steps):
         judge(run, batch)
@@ -1033,15 +1033,13 @@ def train_on_texts(run, name, model, loss_of, splits, columns, limit, size, epoc
         batches = split_batches(run, take(train, step * size, size, cfg.seed, name))
         metrics = accumulate_gradient(run, model, batches, loss_of)
         stage.update(metrics, batches[0])
-
     model.requires_grad_(False)
     if test:
         held_out = split_batches(run, test[: cfg.eval_prompts])
         stage.log(held_out=accumulate_gradient(run, model, held_out, loss_of))
 
 def train_policy(run, prior, policy, examples, listed):
-    """Stage 3. The proposal q′ is the policy as it is at a refresh, or the prior; its samples serve
-    the steps up to the next refresh."""
+    """Stage 3. Samples of q′, the policy at a refresh or the prior, serve up to the next one."""
     cfg, size, n = run.cfg, run.cfg.prompts_per_step, run.cfg.samples_per_prompt
     refresh = cfg.prompts_per_refresh // size  # steps from one to the next
     proposal = policy if cfg.proposal == "lagged" else prior  # no copy: log q′ is kept, not q′
@@ -1101,18 +1099,18 @@ def evaluate(run, models, examples):
             continue
 
         batches, = score_rollouts(run, models["prior"], model, rows, B)
-        figures[author] = {key: mean_se(torch.cat([batch.figures()[key] for batch in batches]))
-                           for key in batches[0].figures()}
-        if model:  # on its own samples
-            ratio = torch.cat([batch.log_proposal - batch.log_prior for batch in batches])
-            figures[author]["kl_to_prior"] = mean_se(ratio)
-        for batch in batches:
+        found = [batch.figures() for batch in batches]
+        for batch, values in zip(batches, found, strict=True):
+            if model:  # on its own samples
+                values["kl_to_prior"] = batch.log_proposal - batch.log_prior
             scored = zip(batch.examples, batch.responses, batch.reward.tolist(),
                          written_texts(run, batch), strict=True)
             for example, ys, worth, texts in scored:
                 keys = [(repr(example), *y) for y in ys]  # equal responses have equal rewards
                 samples.append(dict(prompt=example.prompt, model=author, responses=texts,
                                     rewards=[*map(known.setdefault, keys, worth)]))
+        figures[author] = {key: mean_se(torch.cat([values[key] for values in found]))
+                           for key in found[0]}
         rewards[author] = torch.tensor([row["rewards"] for row in samples[-B:]], dtype=torch.double)
 
     for author, other in ("policy", "prior"), ("policy", "reference"), ("prior", "reference"):
@@ -1146,8 +1144,7 @@ def report(run, result, figures, samples):
 Check = namedtuple("Check", "name claim error tolerance ok")  # error: largest absolute difference
 
 def derivation_checks() -> list[Check]:
-    """What the method rests on: the gradient in log q_θ, of random float64 numbers, is that of the
-    equations, which are written in nothing but exp, log and sums."""
+    """The loss has the gradient of the equations, which are of exp, log and sums; in float64."""
     drawn = torch.randn(4, 3, 5, dtype=torch.float64, generator=make_generator("checks"))
     (q, p, q1, r), (q2, p2, _, r2), kl_coef, n = drawn, drawn[..., :2], 0.7, 5  # and two samples
     ratio, w = (q - q1).exp(), r - kl_coef * (q - p)  # exp(ρ) = q_θ/q′; PPO's reward with its KL
@@ -1180,11 +1177,10 @@ def derivation_checks() -> list[Check]:
 def toy_model(run):
     """A GPT-NeoX that knows nothing yet, and a tokenizer of 10 words."""
     torch.manual_seed(run.cfg.seed)
-    words = ["<eos>", TLDR.strip(), *KEYS, *FILLERS]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<eos>"))
+    ids = {word: i for i, word in enumerate(["<eos>", TLDR.strip(), *KEYS, *FILLERS])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<eos>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()  # one token a word
-    shape = transformers.GPTNeoXConfig(vocab_size=len(words), hidden_size=64, intermediate_size=256,
+    shape = transformers.GPTNeoXConfig(vocab_size=len(ids), hidden_size=64, intermediate_size=256,
                                        num_hidden_layers=2, num_attention_heads=4, eos_token_id=0)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
     return ready(run, AutoModelForCausalLM.from_config(shape), tokenizer), tokenizer
