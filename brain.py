@@ -1026,16 +1026,15 @@ def encode_answers(run, examples, columns, limit):
 
 def train_on_texts(run, name, model, loss_of, splits, columns, limit, size, epochs, lr):
     """Stage 1 or 2: a loss of given answers, and in the end its figures on held-out ones."""
-    cfg = run.cfg
     train, test = (encode_answers(run, examples, columns, limit) for examples in splits)
-    stage = Stage(run, name, model, math.ceil(epochs * len(train) / size), lr, cfg.save_every)
+    stage = Stage(run, name, model, math.ceil(epochs * len(train) / size), lr, run.cfg.save_every)
     for step in stage:
-        batches = split_batches(run, take(train, step * size, size, cfg.seed, name))
+        batches = split_batches(run, take(train, step * size, size, run.cfg.seed, name))
         metrics = accumulate_gradient(run, model, batches, loss_of)
         stage.update(metrics, batches[0])
     model.requires_grad_(False)
     if test:
-        held_out = split_batches(run, test[: cfg.eval_prompts])
+        held_out = split_batches(run, test[: run.cfg.eval_prompts])
         stage.log(held_out=accumulate_gradient(run, model, held_out, loss_of))
 
 def train_policy(run, prior, policy, examples, listed):
@@ -1122,9 +1121,8 @@ def evaluate(run, models, examples):
 
 def report(run, result, figures, samples):
     """report.md, samples.jsonl and result.json; the table and the result are printed, too."""
-    cfg = run.cfg
-    usual = asdict(Config()) | TASKS[cfg.task].preset
-    flags = [f"--{key} {value}" for key, value in asdict(cfg).items()
+    usual = asdict(Config()) | TASKS[run.cfg.task].preset
+    flags = [f"--{key} {value}" for key, value in asdict(run.cfg).items()
              if key not in FREE and value not in (None, usual[key])]
     table = ["| | " + " | ".join(figures) + " |", "|---" * (1 + len(figures)) + "|"]
     for key in figures["policy"]:  # which has all
@@ -1132,11 +1130,11 @@ def report(run, result, figures, samples):
                  for row in figures.values()]
         table.append(f"| {key} | {' | '.join(cells)} |")
 
-    text = (f"# BRAIn on {cfg.task}\n\nFlags beside the task's own: `{' '.join(flags)}`\n\n"
+    text = (f"# BRAIn on {run.cfg.task}\n\nFlags beside the task's own: `{' '.join(flags)}`\n\n"
             "Means over held-out prompts ± standard errors; samples.jsonl has the samples:\n\n")
     run.write("report.md", text + "\n".join(table) + "\n")
     run.write("samples.jsonl", "".join(f"{json.dumps(sample)}\n" for sample in samples))
-    run.write("result.json", json.dumps(result | {"config": asdict(cfg)}))
+    run.write("result.json", json.dumps(result | {"config": asdict(run.cfg)}))
     print(*table, f"{run.out} has report.md, samples.jsonl, result.json, metrics.jsonl and policy/",
           json.dumps(result), sep="\n")
 
@@ -1244,8 +1242,7 @@ def execute(run):
     run.export(policy, "policy")
 
     run.progress = "eval"  # stage 4
-    models = {"prior": prior, "policy": freeze(policy, run.dtype)}
-    figures, samples = evaluate(run, models, held_out)
+    figures, samples = evaluate(run, dict(prior=prior, policy=freeze(policy, run.dtype)), held_out)
     result = {"task": cfg.task, "steps": cfg.steps, "seconds": time.time() - began,
               "reward_reference": None, "win_rate_vs_reference": None,
               "win_rate_vs_reference_se": None}  # unless all prompts have one
