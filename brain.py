@@ -864,8 +864,8 @@ def split_batches(run, rows):
     prompts = [encode_prompt(run.tokenizer, row[0].prompt) for row in rows]
     longest = max(len(y) for row in rows for y in row[1])
     tokens = max(map(len, prompts)) + len(rows[0][1]) * longest * (1 + len(run.tokenizer) / 2**16)
-    size = max(1, int(run.cfg.micro_batch_tokens / tokens))
-    order = torch.tensor([len(x) for x in prompts]).argsort(stable=True)
+    size = int(run.cfg.micro_batch_tokens / tokens) or 1
+    order = torch.tensor([*map(len, prompts)]).argsort(stable=True)
     batches = []
     for part in order.split(size):
         examples, responses, *sampled = zip(*[rows[i] for i in part], strict=True)
