@@ -1030,8 +1030,7 @@ def train_on_texts(run, name, model, loss_of, splits, columns, limit, size, epoc
     stage = Stage(run, name, model, math.ceil(epochs * len(train) / size), lr, run.cfg.save_every)
     for step in stage:
         batches = split_batches(run, take(train, step * size, size, run.cfg.seed, name))
-        metrics = accumulate_gradient(run, model, batches, loss_of)
-        stage.update(metrics, batches[0])
+        stage.update(accumulate_gradient(run, model, batches, loss_of), batches[0])
     model.requires_grad_(False)
     if test:
         held_out = split_batches(run, test[: run.cfg.eval_prompts])
@@ -1120,22 +1119,22 @@ def evaluate(run, models, examples):
     return figures, samples
 
 def report(run, result, figures, samples):
-    """report.md, samples.jsonl and result.json; the table and the result are printed, too."""
+    """report.md, samples.jsonl and result.json; report and result are printed, too."""
     usual = asdict(Config()) | TASKS[run.cfg.task].preset
     flags = [f"--{key} {value}" for key, value in asdict(run.cfg).items()
              if key not in FREE and value not in (None, usual[key])]
-    table = ["| | " + " | ".join(figures) + " |", "|---" * (1 + len(figures)) + "|"]
+    lines = [f"# BRAIn on {run.cfg.task}\n", f"Flags beside the task's own: `{' '.join(flags)}`\n",
+             "Means over held-out prompts ± standard errors; samples.jsonl has the samples:\n",
+             "| | " + " | ".join(figures) + " |", "|---" * (1 + len(figures)) + "|"]
     for key in figures["policy"]:  # which has all
         cells = ["{:.3f} ± {:.3f}".format(*row[key]) if key in row else ""
                  for row in figures.values()]
-        table.append(f"| {key} | {' | '.join(cells)} |")
+        lines.append(f"| {key} | {' | '.join(cells)} |")
 
-    text = (f"# BRAIn on {run.cfg.task}\n\nFlags beside the task's own: `{' '.join(flags)}`\n\n"
-            "Means over held-out prompts ± standard errors; samples.jsonl has the samples:\n\n")
-    run.write("report.md", text + "\n".join(table) + "\n")
+    run.write("report.md", "\n".join([*lines, ""]))
     run.write("samples.jsonl", "".join(f"{json.dumps(sample)}\n" for sample in samples))
     run.write("result.json", json.dumps(result | {"config": asdict(run.cfg)}))
-    print(*table, f"{run.out} has report.md, samples.jsonl, result.json, metrics.jsonl and policy/",
+    print(*lines, f"{run.out} has report.md, samples.jsonl, result.json, metrics.jsonl and policy/",
           json.dumps(result), sep="\n")
 
 # ---- Derivation checks: brain_loss and autograd on one side, the equations on the other ---------
@@ -1144,28 +1143,28 @@ Check = namedtuple("Check", "name claim error tolerance ok")  # error: largest a
 def derivation_checks() -> list[Check]:
     """The loss has the gradient of the equations, which are of exp, log and sums; in float64."""
     drawn = torch.randn(4, 3, 5, dtype=torch.float64, generator=make_generator("checks"))
-    (q, p, q1, r), (q2, p2, _, r2), kl_coef, n = drawn, drawn[..., :2], 0.7, 5  # and two samples
+    (q, p, q1, r), kl_coef, n = drawn, 0.7, 5
+    q2, p2, _, r2 = drawn[..., :2]  # two samples, for DPO
     ratio, w = (q - q1).exp(), r - kl_coef * (q - p)  # exp(ρ) = q_θ/q′; PPO's reward with its KL
     alpha = F.normalize((p + r / kl_coef - q1).exp(), 1, -1)  # divided by the sum over n
     beta = F.normalize(ratio, 1, -1)
     sign = (r2 - r2.flip(-1)).sign()  # +1 chosen, −1 rejected
     margin = (sign * (q2 - p2)).sum(-1, keepdim=True)  # Δ log(q_θ/p)
     claims = [
-        ("none", "−Σ α̂ ∇log q_θ: DPG", -alpha, dict(baseline="none")),
-        ("unnormalized", "−Σ (α̂ − exp(ρ)/n) ∇log q_θ: GDC++", ratio / n - alpha,
-         dict(baseline="unnormalized")),
-        ("self_normalized", "−Σ (α̂ − β̂) ∇log q_θ: BRAIn", beta - alpha, {}),
-        ("DPO", "argmax of two samples of the prior: that of −log σ(Δ log(q_θ/p)), DPO-sft",
-         -sign / (1 + margin.exp()), dict(target="argmax")),
-        ("reverse", "KL(β̂ ‖ α̂): −Σ β̂ (w − Σ β̂w) ∇log q_θ / kl_coef, PPO's, on-policy RLOO's",
-         -beta * (w - (beta * w).sum(-1, keepdim=True)) / kl_coef, dict(divergence="reverse")),
-        ("log_variance", "½ Var(log p + r/kl_coef − log q_θ): RLOO's / kl_coef, whoever sampled",
-         (w.mean(-1, keepdim=True) - w) / (n - 1) / kl_coef, dict(divergence="log_variance"))]
+        ("baseline", "none", "−Σ α̂ ∇log q_θ: DPG", -alpha),
+        ("baseline", "unnormalized", "−Σ (α̂ − exp(ρ)/n) ∇log q_θ: GDC++", ratio / n - alpha),
+        ("baseline", "self_normalized", "−Σ (α̂ − β̂) ∇log q_θ: BRAIn", beta - alpha),
+        ("target", "argmax", "of two samples of the prior: that of −log σ(Δ log(q_θ/p)), DPO-sft",
+         -sign / (1 + margin.exp())),
+        ("divergence", "reverse", "−Σ β̂ (w − Σ β̂w) ∇log q_θ / kl_coef: PPO's, on-policy RLOO's",
+         -beta * (w - (beta * w).sum(-1, keepdim=True)) / kl_coef),
+        ("divergence", "log_variance", "−Σ (w − w̄)/(n − 1) ∇log q_θ / kl_coef: RLOO's",
+         (w.mean(-1, keepdim=True) - w) / (n - 1) / kl_coef)]
 
     checks = []
-    for name, claim, gradient, dials in claims:
-        log_policy, *given = (q2, p2, p2, r2) if name == "DPO" else (q, p, q1, r)
-        loss, _ = brain_loss(log_policy.requires_grad_(), *given, kl_coef, **dials)
+    for dial, name, claim, gradient in claims:
+        log_policy, *given = (q2, p2, p2, r2) if dial == "target" else (q, p, q1, r)
+        loss, _ = brain_loss(log_policy.requires_grad_(), *given, kl_coef, **{dial: name})
         found, = torch.autograd.grad(loss.sum(), log_policy)
         error = (found - gradient).abs().max().item()
         checks.append(Check(name, claim, error, 1e-12, error <= 1e-12))
