@@ -816,7 +816,6 @@ class Run:
             raise Guard(f"{self.progress}: {what}; prompt …{str(worst)[-60:]!r}")
 
 # ---- Training: one driver of gradients for texts (stages 1 and 2) and for samples (stage 3) -----
-NO_REFERENCE = "reward_reference", "win_rate_vs_reference", "win_rate_vs_reference_se"
 SHOWN = ("loss", "accuracy", "reward", "kl_to_prior", "ess_alpha")  # metrics on the screen
 
 def make_generator(*key):
@@ -826,24 +825,24 @@ def make_generator(*key):
 def take(examples, first, count, *key):
     """The first-th example and those after it, `count` in all, shuffled anew in each epoch."""
     N = len(examples)
-    epochs = range(first // N, (first + count - 1) // N + 1)
+    epochs = range(first // N, (first + count) // N + 1)
     order = torch.cat([torch.randperm(N, generator=make_generator(*key, i)) for i in epochs])
     return [examples[i] for i in order[first % N :][:count]]
 
-def split_batches(run, examples, responses, log_sampled=None):
-    """Micro-batches of n responses (ids) to each of the examples, sorted by the prompts' lengths.
-    A response token counts as 1 + V/2¹⁶ tokens, for its V logits."""
-    prompts = [encode_prompt(run.tokenizer, example.prompt) for example in examples]
-    longest = max(map(len, itertools.chain(*responses)))
-    tokens = max(map(len, prompts)) + len(responses[0]) * longest * (1 + len(run.tokenizer) / 2**16)
-    size = max(1, int(run.cfg.micro_batch_tokens / tokens))
-    order = torch.tensor([len(x) for x in prompts]).argsort(stable=True)
-
+def split_batches(run, rows):
+    """Micro-batches of rows, each an example, n responses (ids) and, if they are sampled, log q′ of
+    each, (n,). Sorted by the prompts' lengths; a response token counts 1 + V/2¹⁶, for V logits."""
+    prompts = [encode_prompt(run.tokenizer, row[0].prompt) for row in rows]
+    longest = max(len(y) for row in rows for y in row[1])
+    tokens = max(map(len, prompts)) + len(rows[0][1]) * longest * (1 + len(run.tokenizer) / 2**16)
+    size = int(run.cfg.micro_batch_tokens / tokens) or 1
+    order = torch.tensor([*map(len, prompts)]).argsort(stable=True)
     batches = []
     for part in order.split(size):
-        rows = [[column[i] for i in part] for column in (prompts, responses, examples)]
-        known = None if log_sampled is None else log_sampled[part]
-        batches.append(replace(pack(*rows[:2], run.device), examples=rows[2], log_sampled=known))
+        examples, responses, *sampled = zip(*[rows[i] for i in part], strict=True)
+        batches.append(pack([prompts[i] for i in part], responses, run.device))
+        batches[-1].examples = examples
+        batches[-1].log_sampled = torch.stack(*sampled) if sampled else None  # (b, n)
     return batches
 
 def log_prob(run, model, batch):
@@ -853,7 +852,6 @@ def log_prob(run, model, batch):
     run.require(found.isfinite(), "a log-probability is not finite", batch)
     return found
 
-@torch.no_grad()
 def judge(run, batch):
     """The one reward of each response, (b, n), and its figures."""
     with run.autocast():
@@ -866,30 +864,29 @@ def judge(run, batch):
                          response_tokens=batch.length.float())
 
 def sample_rollouts(run, proposal, examples, n, *key):
-    """3.1 Sample n responses to each of the examples, with a generator each, of this key: their ids
-    (B, n), and log q′ by the sampler, (B, n)."""
-    cfg, found = run.cfg, []
+    """3.1 Sample n responses to each example, with a generator each, of this key: as rows."""
+    cfg, rows = run.cfg, []
     generators = [make_generator(cfg.seed, *key, i) for i in range(len(examples))]
     prompts = [encode_prompt(run.tokenizer, example.prompt) for example in examples]
     size = 8 * cfg.micro_batch_tokens // (cfg.max_prompt_tokens + n * cfg.max_response_tokens) or 1
     for first in range(0, len(prompts), size):  # more than in training: it keeps no activations
         part = slice(first, first + size)
         with run.autocast():
-            found.append(sample(proposal, prompts[part], n, cfg.max_response_tokens,
-                                eos_id=run.ends, temperature=cfg.temperature,
-                                generator=generators[part]))
-    responses, log_sampled = zip(*found, strict=True)
-    return [*itertools.chain(*responses)], torch.cat(log_sampled)
+            drawn = sample(proposal, prompts[part], n, cfg.max_response_tokens, eos_id=run.ends,
+                           temperature=cfg.temperature, generator=generators[part])
+        rows += zip(examples[part], *drawn, strict=True)
+    return rows
 
-def score_rollouts(run, prior, proposal, examples, responses, log_sampled, step_size):
+def score_rollouts(run, prior, proposal, rows, step_size):
     """3.2 Score the samples: rewards, log p and log q′, in the micro-batches and the autocast of
     3.3, so that log q_θ − log q′ begins at exactly 0. Returns the batches of each step, of so many
-    examples. Scored is sampled: the sampler's own log q′ is the score, up to rounding, or Stop."""
-    parts = [slice(i, i + step_size) for i in range(0, len(examples), step_size)]
-    steps = [split_batches(run, examples[part], responses[part], log_sampled[part])
-             for part in parts]
+    rows. Scored is sampled: the sampler's own log q′ is the score, up to rounding, or Stop. Given
+    answers, without it, get a reward alone."""
+    steps = [split_batches(run, rows[i : i + step_size]) for i in range(0, len(rows), step_size)]
     for batch in itertools.chain(*steps):
         judge(run, batch)
+        if batch.log_sampled is None:  # given answers
+            continue
         with torch.no_grad():
             batch.log_prior = log_prob(run, prior, batch)
             batch.log_proposal = log_prob(run, proposal, batch)
@@ -904,14 +901,12 @@ def score_rollouts(run, prior, proposal, examples, responses, log_sampled, step_
     return steps
 
 def sft_loss(run, model, batch):
-    """−log p(reference|x) per token, at temperature 1, (b,)."""
-    with run.autocast():
-        return -sequence_log_prob(model, batch)[:, 0] / batch.length[:, 0], {}
+    """−log p(reference|x) per token, at temperature 1, (b, 1)."""
+    return -sequence_log_prob(model, batch) / batch.length, {}
 
 def preference_loss(run, model, batch):
     """−log P(chosen ≻ rejected), (b,), and the share of pairs ordered right."""
-    with run.autocast():
-        chosen, rejected = score_reward(model, batch).T  # (b,) each
+    chosen, rejected = score_reward(model, batch).T  # (b,) each
     return bradley_terry_loss(chosen, rejected), {"accuracy": (chosen > rejected).float()}
 
 def policy_loss(run, policy, batch):
@@ -922,18 +917,18 @@ def policy_loss(run, policy, batch):
         log_policy, log_prior, log_proposal, batch.reward, cfg.kl_coef,
         target=cfg.target, baseline=cfg.baseline, divergence=cfg.divergence)
     moved = log_proposal - log_prior  # (b, n) log q′/p: rounding alone before the first step
-    return loss, {name: values.mean(-1) for name, values in batch.figures.items()} | {
+    return loss, batch.figures | {
         "ess_alpha": effective_sample_size(alpha), "ess_beta": effective_sample_size(beta),
         "reward_spread": batch.reward.std(-1) / cfg.kl_coef,
         "kl_to_prior": (beta * (log_policy.detach() - log_prior)).sum(-1),  # β̂: policy's shares
-        "refresh_kl": moved.mean(-1), "refresh_kl_sd": moved.std(-1)}
+        "refresh_kl": moved, "refresh_kl_sd": moved.std(-1)}
 
 def accumulate_gradient(run, model, batches, loss_of):
-    """Add up the gradient of the mean loss over all prompts; returns the means of loss and metrics.
-    A frozen model gets no gradient."""
+    """Add up the gradient, if there is one, of the mean loss; returns means of loss and metrics."""
     found, total = [], sum(len(batch.examples) for batch in batches)
     for batch in batches:
-        loss, metrics = loss_of(run, model, batch)  # (b,) each
+        with run.autocast():
+            loss, metrics = loss_of(run, model, batch)  # (b,), of prompts; some (b, n)
         run.require(loss.isfinite()[:, None], "the loss is not finite", batch)
         if loss.requires_grad:
             (loss.sum() / total).backward()
@@ -947,8 +942,8 @@ class Stage:
     def __init__(self, run, name, model, steps, lr, period):
         self.run, self.name, self.model = run, name, model.requires_grad_()
         self.steps, self.lr, self.period = steps, lr, period
-        self.optimizer = torch.optim.AdamW(model.parameters(), eps=1e-5, weight_decay=0)
-        self.start = run.state["step"] if run.state["stage"] == name else 0
+        self.optimizer = torch.optim.Adam(model.parameters(), eps=1e-5)
+        self.start = run.state.pop("step", 0)  # the first stage of this process is the state's
         if self.start:
             model.load_state_dict(run.state.pop("model"))  # its memory is free again
             self.optimizer.load_state_dict(run.state.pop("optimizer"))
@@ -961,7 +956,7 @@ class Stage:
             yield step
 
     def update(self, metrics, shown):
-        """3.4 Step: AdamW at a rate that falls linearly to 0. It is logged, and when that is due, a
+        """3.4 Step: Adam at a rate that falls linearly to 0. It is logged, and when that is due, a
         sample of the batch `shown` is printed and the state is saved."""
         run, rate, done = self.run, self.lr * (1 - self.step / self.steps), self.step + 1
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), run.cfg.max_grad_norm)
@@ -1004,39 +999,33 @@ def encode_answers(run, examples, columns, limit):
 
 def train_on_texts(run, name, model, loss_of, splits, columns, limit, size, epochs, lr):
     """Stage 1 or 2: a loss of given answers, and in the end its figures on held-out ones."""
-    cfg = run.cfg
     train, test = (encode_answers(run, examples, columns, limit) for examples in splits)
-    stage = Stage(run, name, model, math.ceil(epochs * len(train) / size), lr, cfg.save_every)
+    stage = Stage(run, name, model, math.ceil(epochs * len(train) / size), lr, run.cfg.save_every)
     for step in stage:
-        drawn = take(train, step * size, size, cfg.seed, name)
-        batches = split_batches(run, *zip(*drawn, strict=True))
-        metrics = accumulate_gradient(run, model, batches, loss_of)
-        stage.update(metrics, batches[0])
-
+        batches = split_batches(run, take(train, step * size, size, run.cfg.seed, name))
+        stage.update(accumulate_gradient(run, model, batches, loss_of), batches[0])
     model.requires_grad_(False)
     if test:
-        held_out = split_batches(run, *zip(*test[: cfg.eval_prompts], strict=True))
+        held_out = split_batches(run, test[: run.cfg.eval_prompts])
         stage.log(held_out=accumulate_gradient(run, model, held_out, loss_of))
 
 def train_policy(run, prior, policy, examples, listed):
-    """Stage 3. The proposal q′ is the policy as it is at a refresh, or the prior; its samples serve
-    the steps up to the next refresh."""
+    """Stage 3. Samples of q′, the policy at a refresh or the prior, serve up to the next one."""
     cfg, size, n = run.cfg, run.cfg.prompts_per_step, run.cfg.samples_per_prompt
     refresh = cfg.prompts_per_refresh // size  # steps from one to the next
     proposal = policy if cfg.proposal == "lagged" else prior  # no copy: log q′ is kept, not q′
 
     stage = Stage(run, "brain", policy, cfg.steps, cfg.lr, refresh)
     for step in stage:
-        place, metrics = step % refresh, {}
-        if place == 0:
+        if step % refresh == 0:
             drawn = take(examples, step * size, refresh * size, cfg.seed, "brain")
-            samples = sample_rollouts(run, proposal, drawn, n, "brain", step)  # 3.1 sample
-            rollouts = score_rollouts(run, prior, proposal, drawn, *samples, size)  # 3.2 score
-            if listed and step // refresh % max(1, cfg.steps // refresh // 5) == 0:
-                metrics["kl_to_posterior"] = exact_kl(run, policy, listed)
-        metrics |= accumulate_gradient(run, policy, rollouts[place], policy_loss)  # 3.3 weigh
-        stage.update(metrics, rollouts[place][0])  # 3.4 step
-    policy.requires_grad_(False)
+            rows = sample_rollouts(run, proposal, drawn, n, "brain", step)  # 3.1 sample
+            rollouts = score_rollouts(run, prior, proposal, rows, size)  # 3.2 score
+        batches = rollouts[step % refresh]
+        metrics = accumulate_gradient(run, policy, batches, policy_loss)  # 3.3 weigh
+        if listed and step % max(1, cfg.steps // 5) == 0:
+            metrics["kl_to_posterior"] = exact_kl(run, policy, listed)
+        stage.update(metrics, batches[0])  # 3.4 step
 
 # ---- Evaluation and report ----------------------------------------------------------------------
 def mean_se(values):
@@ -1044,27 +1033,25 @@ def mean_se(values):
     means = values.double().mean(-1)  # (B,)
     return means.mean().item(), means.std().item() / math.sqrt(len(means))
 
-@torch.no_grad()
 def enumerate_posterior(run, prior, examples):
-    """Toy's batches of all of Y, the space of responses, and log p(y|x, G=1) of each, (b, |Y|)."""
+    """Toy's batches of all of Y, the space of responses, with their rewards and log p, (b, |Y|)."""
     R, V = run.cfg.max_response_tokens, prior.get_input_embeddings().num_embeddings
     if run.cfg.task != "toy" or V**R > 50_000:
         return []
-    drawn = itertools.product(range(V), repeat=R)
-    space = dict.fromkeys(until_end(y, run.ends) for y in drawn)  # each response once
-    listed = []
-    for batch in split_batches(run, examples, [[*map(list, space)]] * len(examples)):
+    space = sorted({until_end(y, run.ends) for y in itertools.product(range(V), repeat=R)})
+    listed = split_batches(run, [(example, [*map(list, space)]) for example in examples])
+    for batch in listed:
         judge(run, batch)
-        log_joint = log_prob(run, prior, batch) + batch.reward / run.cfg.kl_coef  # (b, |Y|)
-        listed.append((batch, log_joint.log_softmax(-1)))
+        batch.log_prior = log_prob(run, prior, batch)
     return listed
 
 @torch.no_grad()
 def exact_kl(run, model, listed):
     """KL(posterior ‖ model), over all of Y, mean over the prompts; of toy alone."""
     kls = []
-    for batch, log_posterior in listed:
+    for batch in listed:
         log_q = log_prob(run, model, batch)  # (b, |Y|)
+        log_posterior = (batch.log_prior + batch.reward / run.cfg.kl_coef).log_softmax(-1)
         run.require(log_q.logsumexp(-1, True).abs() < 1e-4, "Y does not sum to 1", batch)
         kls += (log_posterior.exp() * (log_posterior - log_q)).sum(-1).tolist()
     return sum(kls) / len(kls)
@@ -1075,30 +1062,26 @@ def evaluate(run, models, examples):
     cfg, B, figures, samples, rewards, known = run.cfg, len(examples), {}, [], {}, {}
     for author in ("prior", "policy", "reference"):
         if model := models.get(author):
-            drawn = sample_rollouts(run, model, examples, cfg.eval_samples, "eval", author)
-            batches, = score_rollouts(run, models["prior"], model, examples, *drawn, B)
+            rows = sample_rollouts(run, model, examples, cfg.eval_samples, "eval", author)
         else:
             limit = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
-            given = encode_answers(run, examples, ["reference"], limit)
-            if len(given) < B:
-                continue
-            batches = split_batches(run, *zip(*given, strict=True))
-            for batch in batches:
-                judge(run, batch)
+            rows = encode_answers(run, examples, ["reference"], limit)
+        if len(rows) < B:
+            continue
 
-        figures[author] = {key: mean_se(torch.cat([batch.figures[key] for batch in batches]))
-                           for key in batches[0].figures}
-        if model:  # on its own samples
-            ratio = torch.cat([batch.log_proposal - batch.log_prior for batch in batches])
-            figures[author]["kl_to_prior"] = mean_se(ratio)
+        batches, = score_rollouts(run, models["prior"], model, rows, B)
         for batch in batches:
+            if model:  # on its own samples
+                batch.figures["kl_to_prior"] = batch.log_proposal - batch.log_prior
             scored = zip(batch.examples, batch.responses, batch.reward.tolist(),
                          written_texts(run, batch), strict=True)
             for example, ys, worth, texts in scored:
                 keys = [(repr(example), *y) for y in ys]  # equal responses have equal rewards
                 samples.append(dict(prompt=example.prompt, model=author, responses=texts,
                                     rewards=[*map(known.setdefault, keys, worth)]))
-        rewards[author] = torch.tensor([row["rewards"] for row in samples[-B:]]).double()  # (B, m)
+        figures[author] = {key: mean_se(torch.cat([batch.figures[key] for batch in batches]))
+                           for key in batches[0].figures}
+        rewards[author] = torch.tensor([row["rewards"] for row in samples[-B:]], dtype=torch.double)
 
     for author, other in ("policy", "prior"), ("policy", "reference"), ("prior", "reference"):
         if other in rewards:
@@ -1108,61 +1091,53 @@ def evaluate(run, models, examples):
     return figures, samples
 
 def report(run, result, figures, samples):
-    """report.md, samples.jsonl and result.json; the table and the result are printed, too."""
-    cfg = run.cfg
-    usual = asdict(Config(task=cfg.task, device=cfg.device)) | TASKS[cfg.task].preset
-    flags = [f"--{key} {value}" for key, value in asdict(cfg).items()
+    """report.md, samples.jsonl and result.json; report and result are printed, too."""
+    usual = asdict(Config()) | TASKS[run.cfg.task].preset
+    flags = [f"--{key} {value}" for key, value in asdict(run.cfg).items()
              if key not in FREE and value not in (None, usual[key])]
-    table = ["| | " + " | ".join(figures) + " |", "|---" * (1 + len(figures)) + "|"]
-    for key in dict.fromkeys(itertools.chain(*figures.values())):
-        cells = [figures[author].get(key) for author in figures]
-        cells = [f"{cell[0]:.3f} ± {cell[1]:.3f}" if cell else "" for cell in cells]
-        table.append(f"| {key} | {' | '.join(cells)} |")
+    lines = [f"# BRAIn on {run.cfg.task}\n", f"Flags beside the task's own: `{' '.join(flags)}`\n",
+             "Means over held-out prompts ± standard errors; samples.jsonl has the samples:\n",
+             "| | " + " | ".join(figures) + " |", "|---" * (1 + len(figures)) + "|"]
+    for key in figures["policy"]:  # which has all
+        cells = ["{:.3f} ± {:.3f}".format(*row[key]) if key in row else ""
+                 for row in figures.values()]
+        lines.append(f"| {key} | {' | '.join(cells)} |")
 
-    text = [f"# BRAIn on {cfg.task}", "", f"Flags beside the task's own: `{' '.join(flags)}`", "",
-            "Means over held-out prompts ± standard errors; samples.jsonl has the samples:", ""]
-    run.write("report.md", "\n".join([*text, *table, ""]))
+    run.write("report.md", "\n".join([*lines, ""]))
     run.write("samples.jsonl", "".join(f"{json.dumps(sample)}\n" for sample in samples))
-    run.write("result.json", json.dumps(result | {"config": asdict(cfg)}))
-    print(*table, f"{run.out} has report.md, samples.jsonl, result.json, metrics.jsonl and policy/",
+    run.write("result.json", json.dumps(result | {"config": asdict(run.cfg)}))
+    print(*lines, f"{run.out} has report.md, samples.jsonl, result.json, metrics.jsonl and policy/",
           json.dumps(result), sep="\n")
 
 # ---- Derivation checks: brain_loss and autograd on one side, the equations on the other ---------
 Check = namedtuple("Check", "name claim error tolerance ok")  # error: largest absolute difference
 
-def shares(x):
-    """Rows divided by their sum."""
-    return x / x.sum(-1, keepdim=True)
-
 def derivation_checks() -> list[Check]:
-    """What the method rests on: the gradient in log q_θ, of random float64 numbers, is that of the
-    equations, which are written in nothing but exp, log and sums."""
+    """The loss has the gradient of the equations, which are of exp, log and sums; in float64."""
     drawn = torch.randn(4, 3, 5, dtype=torch.float64, generator=make_generator("checks"))
     (q, p, q1, r), kl_coef, n = drawn, 0.7, 5
-    alpha, ratio = shares((p + r / kl_coef - q1).exp()), (q - q1).exp()  # exp(ρ) = q_θ/q′
-    w, beta = r - kl_coef * (q - p), shares(ratio)  # w is PPO's reward, with its KL
-    leave_one_out = w - (w.sum(-1, keepdim=True) - w) / (n - 1)  # RLOO's advantage
-    sign = (r - r.flip(-1))[..., [0, -1]].sign()  # of two samples: +1 chosen, −1 rejected
-    margin = (sign * (q - p)[..., [0, -1]]).sum(-1, keepdim=True)  # Δ log(q_θ/p)
-    claims = {
-        "none": ("−Σ α̂ ∇log q_θ: DPG", -alpha, dict(baseline="none")),
-        "unnormalized": ("−Σ (α̂ − exp(ρ)/n) ∇log q_θ: GDC++", ratio / n - alpha,
-                         dict(baseline="unnormalized")),
-        "self_normalized": ("−Σ (α̂ − β̂) ∇log q_θ: BRAIn", beta - alpha, {}),
-        "DPO": ("argmax of two samples of the prior: that of −log σ(Δ log(q_θ/p)), DPO-sft",
-                -sign / (1 + margin.exp()), dict(target="argmax")),
-        "reverse": ("KL(β̂ ‖ α̂): −Σ β̂ (w − Σ β̂w) ∇log q_θ / kl_coef, PPO's, on-policy RLOO's",
-                -beta * (w - (beta * w).sum(-1, keepdim=True)) / kl_coef,
-                dict(divergence="reverse")),
-        "log_variance": ("½ Var(log p + r/kl_coef − log q_θ): RLOO's / kl_coef, whoever sampled",
-                 -leave_one_out / n / kl_coef, dict(divergence="log_variance"))}
+    q2, p2, _, r2 = drawn[..., :2]  # two samples, for DPO
+    ratio, w = (q - q1).exp(), r - kl_coef * (q - p)  # exp(ρ) = q_θ/q′; PPO's reward with its KL
+    alpha = F.normalize((p + r / kl_coef - q1).exp(), 1, -1)  # divided by the sum over n
+    beta = F.normalize(ratio, 1, -1)
+    sign = (r2 - r2.flip(-1)).sign()  # +1 chosen, −1 rejected
+    margin = (sign * (q2 - p2)).sum(-1, keepdim=True)  # Δ log(q_θ/p)
+    claims = [
+        ("baseline", "none", "−Σ α̂ ∇log q_θ: DPG", -alpha),
+        ("baseline", "unnormalized", "−Σ (α̂ − exp(ρ)/n) ∇log q_θ: GDC++", ratio / n - alpha),
+        ("baseline", "self_normalized", "−Σ (α̂ − β̂) ∇log q_θ: BRAIn", beta - alpha),
+        ("target", "argmax", "of two samples of the prior: that of −log σ(Δ log(q_θ/p)), DPO-sft",
+         -sign / (1 + margin.exp())),
+        ("divergence", "reverse", "−Σ β̂ (w − Σ β̂w) ∇log q_θ / kl_coef: PPO's, on-policy RLOO's",
+         -beta * (w - (beta * w).sum(-1, keepdim=True)) / kl_coef),
+        ("divergence", "log_variance", "−Σ (w − w̄)/(n − 1) ∇log q_θ / kl_coef: RLOO's",
+         (w.mean(-1, keepdim=True) - w) / (n - 1) / kl_coef)]
 
     checks = []
-    for name, (claim, gradient, dials) in claims.items():
-        inputs = [x[..., [0, -1]] for x in (q, p, p, r)] if name == "DPO" else [q, p, q1, r]
-        inputs[0] = inputs[0].clone().requires_grad_()
-        loss, _ = brain_loss(*inputs, kl_coef, **dials)
-        found, = torch.autograd.grad(loss.sum(), inputs[0])
+    for dial, name, claim, gradient in claims:
+        log_policy, *given = (q2, p2, p2, r2) if dial == "target" else (q, p, q1, r)
+        loss, _ = brain_loss(log_policy.requires_grad_(), *given, kl_coef, **{dial: name})
+        found, = torch.autograd.grad(loss.sum(), log_policy)
         error = (found - gradient).abs().max().item()
         checks.append(Check(name, claim, error, 1e-12, error <= 1e-12))
     return checks
@@ -1171,11 +1146,10 @@ def derivation_checks() -> list[Check]:
 def toy_model(run):
     """A GPT-NeoX that knows nothing yet, and a tokenizer of 10 words."""
     torch.manual_seed(run.cfg.seed)
-    words = ["<eos>", TLDR.strip(), *KEYS, *FILLERS]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<eos>"))
+    ids = {word: i for i, word in enumerate(["<eos>", TLDR.strip(), *KEYS, *FILLERS])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<eos>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()  # one token a word
-    shape = transformers.GPTNeoXConfig(vocab_size=len(words), hidden_size=64, intermediate_size=256,
+    shape = transformers.GPTNeoXConfig(vocab_size=len(ids), hidden_size=64, intermediate_size=256,
                                        num_hidden_layers=2, num_attention_heads=4, eos_token_id=0)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
     return ready(run, AutoModelForCausalLM.from_config(shape), tokenizer), tokenizer
@@ -1193,8 +1167,8 @@ def prepare(run):
     prior, run.tokenizer = load(run, AutoModelForCausalLM, source) if source else toy_model(run)
     check_model(cfg, prior, cfg.max_response_tokens)
     ends = prior.generation_config.eos_token_id  # none, one or several
-    ends = {run.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    run.ends = sorted(ends - {None})
+    ends = ends if isinstance(ends, list) else [ends]
+    run.ends = sorted({run.tokenizer.eos_token_id, *ends} - {None})
     if cfg.reward or stage == "brain":
         run.reward = load_reward(run, cfg.reward or f"{run.out}/reward", prior)
     elif source:  # stage 2 will need one
@@ -1205,11 +1179,11 @@ def prepare(run):
         refuse_if(not getattr(cfg, flag) and all(getattr(row, column) is None for row in train),
                   f"train has no row with a {column} text; add some, or give --{flag}")
     with explain(source or cfg.task):
-        check_texts(run.tokenizer, [*train[:16], *test[:16]])
+        check_texts(run.tokenizer, train[:16] + test[:16])
     if run.reward:
         start = encode_prompt(run.tokenizer, train[0].prompt)[:8]
         with explain("the reward was tried on two responses, both the start of a prompt"):
-            judge(run, split_batches(run, train[:1], [[start, start]])[0])
+            judge(run, *split_batches(run, [(train[0], [start, start])]))
     run.begin(prior.num_parameters())
     print(cfg)
     return prior, train, test
@@ -1231,7 +1205,7 @@ def execute(run):
         run.reward = partial(score_reward, freeze(reward, run.dtype))
 
     torch.backends.cuda.matmul.allow_tf32 = True  # fp32 heads: 10 bits of mantissa, bf16 has 7
-    prior = freeze(prior, run.dtype)  # stage 3: the policy starts from the rounded matrices
+    freeze(prior, run.dtype)  # stage 3: the policy starts from the rounded matrices
     policy = copy.deepcopy(prior).float()
     held_out = take(test, 0, min(cfg.eval_prompts, len(test)), cfg.seed, "eval")
     listed = enumerate_posterior(run, prior, held_out[:8])
@@ -1239,10 +1213,10 @@ def execute(run):
     run.export(policy, "policy")
 
     run.progress = "eval"  # stage 4
-    models = {"prior": prior, "policy": freeze(policy, run.dtype)}
-    figures, samples = evaluate(run, models, held_out)
-    result = {"task": cfg.task, "steps": cfg.steps, "seconds": time.time() - began}
-    result |= dict.fromkeys(NO_REFERENCE)
+    figures, samples = evaluate(run, dict(prior=prior, policy=freeze(policy, run.dtype)), held_out)
+    result = {"task": cfg.task, "steps": cfg.steps, "seconds": time.time() - began,
+              "reward_reference": None, "win_rate_vs_reference": None,
+              "win_rate_vs_reference_se": None}  # unless all prompts have one
     result |= {f"reward_{author}": row["reward"][0] for author, row in figures.items()}
     for key, (mean, error) in figures["policy"].items():
         result |= {key: mean, f"{key}_se": error}
@@ -1272,8 +1246,8 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             run.lock.release()
         return 0
-    except SystemExit as stop:  # --help
-        return int(stop.code != 0)
+    except SystemExit:  # --help
+        return 0
     except KeyboardInterrupt:
         status, message = 130, "stopped; the same command continues"
     except Exception as error:
