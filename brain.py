@@ -715,12 +715,10 @@ def judge_texts(path, reward, run, batch):
     references = [example.reference for example in batch.examples for _ in range(n)]
     with users_code(path), run.autocast(enabled=False):
         found = reward(prompts, [*itertools.chain(*texts)], references)
-        found = found.tolist() if hasattr(found, "tolist") else found
-    with explain(f"{path}: reward() must return a list of {len(prompts)} numbers"):
-        refuse_if(not isinstance(found, list | tuple), f"it is a {type(found).__name__}")
-        refuse_if(len(found) != len(prompts), f"it has {len(found)}")
-        found = [float(0 + number) for number in found]  # a text is no number
-    return torch.tensor(found, dtype=torch.float64, device=run.device).view(-1, n)
+    with explain(f"{path}: reward() must return {len(prompts)} numbers in a list"):
+        found = torch.as_tensor(found, dtype=torch.float64, device=run.device)
+        refuse_if(found.shape != (len(prompts),), f"their shape is {[*found.shape]}")
+    return found.view(-1, n).clone()  # theirs may change
 
 def load_reward(run, source, prior):
     """What gives a batch its rewards (b, n): a reward model, or the function of FILE.py."""
