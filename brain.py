@@ -676,15 +676,13 @@ def users_code(path):
     """Runs the code of FILE.py: what it does to torch's defaults ends with it, and what fails is
     told with its type and line."""
     dtype = torch.get_default_dtype()
-
     try:
         with torch.no_grad():
             yield
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        line = lines[-1] if lines else getattr(error, "lineno", 1)  # of a SyntaxError
-        with explain(f"{path}:{line}"):
+        places = [f"{path}:{frame.lineno}" for frame in frames if frame.filename == str(path)]
+        with explain([path, *places][-1]):  # a SyntaxError says its line itself
             raise
     finally:
         torch.set_default_dtype(dtype)
@@ -692,7 +690,6 @@ def users_code(path):
 
 def load_function(path):
     """The function `reward` of FILE.py, a module that may import its neighbours."""
-    refuse_if(not path.is_file(), f"--reward: there is no {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)  # the processes that it starts look for it there
