@@ -701,21 +701,16 @@ def load_function(path):
               f"{path} has no plain reward(prompts, responses, references)")
     return reward
 
-def written_texts(run, batch):
-    """What the responses (b, n) say, as texts."""
-    return [[response_text(run.tokenizer, y, run.ends) for y in ys] for ys in batch.responses]
-
 def judge_texts(path, reward, run, batch):
     """Rewards (b, n), float64, by reward(prompts, responses, references): three lists of b·n."""
-    texts, n = written_texts(run, batch), len(batch.responses[0])
-    prompts = [copy.deepcopy(x.prompt) for x in batch.examples for _ in range(n)]  # theirs to edit
-    references = [example.reference for example in batch.examples for _ in range(n)]
+    rows = [(copy.deepcopy(x.prompt), response_text(run.tokenizer, y, run.ends), x.reference)
+            for x, ys in zip(batch.examples, batch.responses, strict=True) for y in ys]
     with users_code(path), run.autocast(enabled=False):
-        found = reward(prompts, [*itertools.chain(*texts)], references)
-    with explain(f"{path}: reward() must return {len(prompts)} numbers in a list"):
+        found = reward(*map(list, zip(*rows, strict=True)))  # theirs to edit
+    with explain(f"{path}: reward() must return {len(rows)} numbers in a list"):
         found = torch.as_tensor(found, dtype=torch.float64, device=run.device)
-        refuse_if(found.shape != (len(prompts),), f"their shape is {[*found.shape]}")
-    return found.view(-1, n).clone()  # theirs may change
+        refuse_if(found.shape != (len(rows),), f"their shape is {[*found.shape]}")
+    return found.view(len(batch.examples), -1).clone()  # theirs may change
 
 def load_reward(run, source, prior):
     """What gives a batch its rewards (b, n): a reward model, or the function of FILE.py."""
@@ -1114,9 +1109,9 @@ def evaluate(run, models, examples):
             ratio = torch.cat([batch.log_proposal - batch.log_prior for batch in batches])
             figures[author]["kl_to_prior"] = mean_se(ratio)
         for batch in batches:
-            scored = zip(batch.examples, batch.responses, batch.reward.tolist(),
-                         written_texts(run, batch), strict=True)
-            for example, ys, worth, texts in scored:
+            scored = zip(batch.examples, batch.responses, batch.reward.tolist(), strict=True)
+            for example, ys, worth in scored:
+                texts = [response_text(run.tokenizer, y, run.ends) for y in ys]
                 keys = [(repr(example), *y) for y in ys]  # equal responses have equal rewards
                 samples.append(dict(prompt=example.prompt, model=author, responses=texts,
                                     rewards=[*map(known.setdefault, keys, worth)]))
