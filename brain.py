@@ -226,7 +226,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     parser.error = partial(refuse_if, True)  # one line, no usage text
     given, _ = parser.parse_known_args(argv)  # what the user said, without a preset
     refuse_if(given.task not in TASKS, f"--task must be one of {', '.join(TASKS)}")
-    preset = TASKS[given.task].preset | dict(out=given.out or f"out/{given.task}")
+    preset = TASKS[given.task].preset | dict(out=f"out/{given.task}")
     if given.base:  # it becomes the prior, and no preset's reward model knows it
         preset |= dict(prior=None, reward=None)
     parser.set_defaults(**preset)
@@ -236,7 +236,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     cfg = Config(**vars(parser.parse_args(argv)))
 
     for name, value in asdict(cfg).items():
-        refuse_if(isinstance(value, str) and not (value and value.isprintable()),
+        refuse_if(value == "" or not str(value).isprintable(),
                   f"--{name} is empty or no plain text; is a variable unset?")
         least = LEAST.get(name, 1 if type(value) is int else 1e-12)
         refuse_if(type(value) in (int, float) and not least <= value <= 1e9,
