@@ -217,7 +217,6 @@ def explain(what, kind=Stop):
     except (Exception, SystemExit) as error:
         if out_of_memory(error):
             raise
-        kind = type(error) if isinstance(error, Stop) else kind
         raise kind(f"{what}: {one_line(error)}") from error
 
 def parse_config(argv: list[str] | None = None) -> Config:
