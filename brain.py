@@ -270,17 +270,17 @@ def fetch(cfg, url, name):
             os.replace(part.name, path)
     return path
 
-def read_rows(path, parse):
-    """Yields parse(row) of a .jsonl or .jsonl.gz file; errors say file:line."""
-    opener = gzip.open if path.suffix == ".gz" else open  # a truncated .gz is an error, too
-    with explain(f"{path} (--data_dir names its folder)"), opener(path, "rb") as file:
-        lines = file.read().splitlines()
+def read_rows(path, parse, *more):
+    """Yields parse(row, *more) of a .jsonl or .jsonl.gz file; errors say file:line."""
+    unpack = gzip.decompress if path.suffix == ".gz" else bytes  # a truncated .gz is an error, too
+    with explain(f"{path} (--data_dir names its folder)"):
+        lines = unpack(path.read_bytes()).splitlines()
     for number, line in enumerate(lines, 1):
         if line.strip():
             with explain(f"{path}:{number}"):
-                row = json.loads(line.decode("utf-8-sig"))  # less a byte order mark
+                row = json.loads(line)  # of bytes, so it may begin with a byte order mark
                 refuse_if(not isinstance(row, dict), "a row must be a JSON object")
-                example = parse(row)
+                example = parse(row, *more)
             yield example
 
 def text_at(row, key):
@@ -338,8 +338,7 @@ def parse_post(row, tokenizer, limit):
 def read_tldr(cfg, split, tokenizer):
     """OpenAI's filtered posts and their summaries."""
     path = fetch(cfg, TLDR_URL, f"datasets/tldr_3_filtered/{split}.jsonl")
-    parse = partial(parse_post, tokenizer=tokenizer, limit=cfg.max_prompt_tokens)
-    return read_rows(path, parse)
+    return read_rows(path, parse_post, tokenizer, cfg.max_prompt_tokens)
 
 def read_toy(cfg, split, tokenizer):
     """Yields prompts of six words, some of them key words: a good summary lists each of these."""
