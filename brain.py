@@ -281,13 +281,14 @@ def read_rows(path, parse, *more):
                 row = json.loads(line)  # of bytes, so it may begin with a byte order mark
                 refuse_if(not isinstance(row, dict), "a row must be a JSON object")
                 example = parse(row, *more)
+                json.dumps(example, ensure_ascii=False).encode()  # refuses lone surrogates
             yield example
 
 def text_at(row, key):
     """row[key], which must be text."""
     found = isinstance(row, dict) and isinstance(row.get(key), str)
     refuse_if(not found, f"{key} is absent, or no text")
-    return row[key].encode().decode()  # refuses lone surrogates
+    return row[key]
 
 def parse_example(row):
     """A user's row, of Example's fields: texts, or lists of chat messages as TRL writes them."""
@@ -298,12 +299,10 @@ def parse_example(row):
             refuse_if(not value or key != "prompt" and len(value) > 1, f"{key} must be one message")
             with explain(key):
                 texts = [text_at(turn, name) for turn in value for name in ("role", "content")]
-                json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates
                 refuse_if(key == "prompt" and texts[-2] == "assistant", "it ends with an answer")
             given[key] = value if key == "prompt" else texts[1]
         elif value is not None:
             given[key] = text_at(row, key)
-
     refuse_if(not str(given.get("prompt", "")).strip(), "a row needs a prompt")
     refuse_if(("chosen" in given) != ("rejected" in given), "chosen and rejected need each other")
     return Example(**given)
