@@ -396,10 +396,8 @@ def render(tokenizer, prompt, answer=None):
         if answer is None:
             return text
         whole = template([*prompt, {"role": "assistant", "content": answer}])
-
-    refuse_if(not whole.startswith(text), "its chat template writes a prompt in another way where "
-                                          "an answer follows: give texts")
-    return whole[len(text) :]
+        refuse_if(not whole.startswith(text), "before an answer, it writes a prompt in another way")
+    return whole.removeprefix(text)
 
 def encode_prompt(tokenizer, prompt):
     """Ids of a prompt; what the tokenizer puts first stands there once, in a chat's, too."""
@@ -437,7 +435,7 @@ def check_texts(tokenizer, examples):
     leading space, and space beside special tokens (Phi-3's swallow it, old Llama files add one)."""
     special = "|".join(map(re.escape, tokenizer.get_added_vocab()))
     for prompt, *answers in examples:
-        for answer in dict.fromkeys([None, *answers]):  # None is the prompt
+        for answer in (None, *answers):  # None is the prompt
             text = render(tokenizer, prompt, answer)
             read = response_text(tokenizer, encode_after(tokenizer, text), [], skip=False)
             given, read = (re.sub(rf"\s*({special})\s*", r"\1", unicodedata.normalize("NFKC", x))
