@@ -185,12 +185,10 @@ def effective_sample_size(weights: Tensor) -> Tensor:
 LEAST = dict(seed=0, missing_eos_penalty=0, samples_per_prompt=2, eval_samples=2, eval_prompts=3)
 
 class Stop(Exception):
-    """A user's mistake: ends the program with one line and this status."""
-    status = 2
+    """A user's mistake: ends the program with one line, and status 2."""
 
 class Guard(Stop):
-    """A number that cannot be trusted, or a disk that is full."""
-    status = 1
+    """A number that cannot be trusted, or a disk that is full: status 1, as for any other error."""
 
 def refuse_if(wrong, why):
     """Stop for a user's mistake."""
@@ -1291,7 +1289,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if not (isinstance(error, Stop | OSError) or out_of_memory(error)):
             raise  # a bug
-        status, message = getattr(error, "status", 1), one_line(error)
+        status, message = 2 if type(error) is Stop else 1, one_line(error)
     print(f"brain.py: {message}", file=sys.stderr)
     return status
 
