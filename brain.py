@@ -262,7 +262,7 @@ def fetch(cfg, url, name):
     if not path.exists():
         with explain(f"{path} is absent (--data_dir names its folder), {url} cannot be fetched"):
             print(f"fetching {url} to {path}")
-            path.parent.mkdir(parents=True, exist_ok=True)
+            os.makedirs(path.parent, exist_ok=True)
             with open(f"{path}.part", "wb") as part:
                 file_download.http_get(url, part)  # which checks its length
             os.replace(part.name, path)
@@ -376,11 +376,9 @@ def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
                 and 0 < len(encode_prompt(tokenizer, row.prompt)) <= cfg.max_prompt_tokens]
     broken = rows.count(None)
     said = (f"{cfg.task} {split}: {len(examples)} of {len(rows)} rows; left out: {broken} broken, "
-            f"{len(rows) - broken - len(examples)} over --max_prompt_tokens "
-            f"{cfg.max_prompt_tokens} or empty")
+            f"{len(rows) - broken - len(examples)} empty or over --max_prompt_tokens")
     print(said)
-    least = 3 if split == "test" else 1
-    refuse_if(len(examples) < least, f"too few rows, {least} needed: {said}")
+    refuse_if(len(examples) < (3 if split == "test" else 1), f"too few rows, test needs 3: {said}")
     return examples
 
 # ---- Texts and ids: what is judged is what was written ------------------------------------------
