@@ -347,10 +347,10 @@ def read_toy(cfg, split, tokenizer):
         for draft in drafts * 2:  # each may slip twice: a word too many, wrong, or one for two
             if rng.random() < 0.5:
                 at = rng.randrange(len(draft))
-                draft[at : at + rng.choice([0, 1, 2])] = [rng.choice(KEYS + FILLERS)]
+                draft[at : at + rng.randrange(3)] = [rng.choice(KEYS + FILLERS)]
         worth = [2 * len(set(draft) & set(keys)) - len(draft) for draft in drafts]
         if rng.random() < 1 / (1 + math.exp(2 * (worth[1] - worth[2]))):  # σ(2Δworth): the judge
-            drafts[1], drafts[2] = drafts[2], drafts[1]  # is noisy, and may choose the worse one
+            drafts[1:] = drafts[2], drafts[1]  # is noisy, and may choose the worse one
         yield Example(" ".join([*words, TLDR.strip()]), *map(" ".join, drafts))
 
 # A task is one entry of TASKS: read(cfg, split, tokenizer) yields Examples, None for a broken row,
