@@ -209,13 +209,16 @@ def one_line(error):
 
 @contextlib.contextmanager
 def explain(what, kind=Stop):
-    """What fails inside the block, but for want of memory, ends the program in one line."""
+    """What fails inside the block, but for want of memory, ends the program in one line. Where it
+    has passed through a file of Python that is named so, the line of this file is told, too."""
     try:
         yield
     except (Exception, SystemExit) as error:
         if out_of_memory(error):
             raise
-        raise kind(f"{what}: {one_line(error)}") from error
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [f"{what}:{frame.lineno}" for frame in frames if frame.filename == str(what)]
+        raise kind(f"{[what, *places][-1]}: {one_line(error)}") from error
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """The resolved configuration of a command line; Stop before anything is loaded."""
@@ -664,17 +667,11 @@ def check_model(cfg, model, R):
 # ---- Rewards: by a model that reads the prior's tokens, or by the function of FILE.py ------------
 @contextlib.contextmanager
 def users_code(path):
-    """Runs the code of FILE.py: what it does to torch's defaults ends with it, and what fails is
-    told with its type and line."""
+    """Runs the code of FILE.py: what it does to torch's defaults ends with it."""
     dtype = torch.get_default_dtype()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), explain(path):
             yield
-    except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        places = [f"{path}:{frame.lineno}" for frame in frames if frame.filename == str(path)]
-        with explain([path, *places][-1]):  # a SyntaxError says its line itself
-            raise
     finally:
         torch.set_default_dtype(dtype)
         torch.set_default_device(None)
