@@ -698,7 +698,7 @@ def judge_texts(path, reward, run, batch):
     with explain(f"{path}: reward() must return {len(rows)} numbers in a list"):
         found = torch.as_tensor(found, dtype=torch.float64, device=run.device)
         refuse_if(found.shape != (len(rows),), f"their shape is {[*found.shape]}")
-    return found.view(len(batch.examples), -1).clone()  # theirs may change
+    return found.view_as(batch.length).clone()  # theirs may change
 
 def load_reward(run, source, prior):
     """What gives a batch its rewards (b, n): a reward model, or the function of FILE.py."""
