@@ -280,33 +280,32 @@ def read_rows(path, parse, *more):
         if line.strip():
             with explain(f"{path}:{number}"):
                 row = json.loads(line)  # of bytes, so it may begin with a byte order mark
-                refuse_if(not isinstance(row, dict), "a row must be a JSON object")
                 example = parse(row, *more)
                 json.dumps(example, ensure_ascii=False).encode()  # refuses lone surrogates
             yield example
 
-def text_at(row, key):
-    """row[key], which must be text."""
-    found = isinstance(row, dict) and isinstance(row.get(key), str)
-    refuse_if(not found, f"{key} is absent, or no text")
-    return row[key]
+def text_at(row, key, kinds=str):
+    """row[key], which must be a text, or of these kinds."""
+    value = row.get(key) if isinstance(row, dict) else None
+    refuse_if(not isinstance(value, kinds), f"{key} is absent, or no text")
+    return value
 
 def parse_example(row):
     """A user's row, of Example's fields: texts, or lists of chat messages as TRL writes them."""
-    given = {}
+    given = []
     for key in Example._fields:
-        value = row.get(key)
+        value = text_at(row, key, str | list | None)
         if isinstance(value, list):
             refuse_if(not value or key != "prompt" and len(value) > 1, f"{key} must be one message")
             with explain(key):
                 texts = [text_at(turn, name) for turn in value for name in ("role", "content")]
                 refuse_if(key == "prompt" and texts[-2] == "assistant", "it ends with an answer")
-            given[key] = value if key == "prompt" else texts[1]
-        elif value is not None:
-            given[key] = text_at(row, key)
-    refuse_if(not str(given.get("prompt", "")).strip(), "a row needs a prompt")
-    refuse_if(("chosen" in given) != ("rejected" in given), "chosen and rejected need each other")
-    return Example(**given)
+            value = value if key == "prompt" else texts[1]
+        given.append(value)
+    prompt, _, chosen, rejected = given
+    refuse_if(not str(prompt or "").strip(), "a row must be an object with a prompt")
+    refuse_if((chosen is None) != (rejected is None), "chosen and rejected need each other")
+    return Example(*given)
 
 def read_jsonl(cfg, split, tokenizer):
     """The user's rows."""
