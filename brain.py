@@ -315,8 +315,8 @@ def parse_dialogue(row):
     """A row of HH, cut at its last turn; None where prompts differ or an answer is empty."""
     prompt, turn, chosen = text_at(row, "chosen").rpartition(TURN)
     other, _, rejected = text_at(row, "rejected").rpartition(TURN)
-    whole = prompt == other and turn and chosen.strip() and rejected.strip()
-    return Example(prompt + turn, chosen, chosen, rejected) if whole else None
+    if prompt == other and turn and chosen.strip() and rejected.strip():
+        return Example(prompt + turn, chosen, chosen, rejected)
 
 def read_hh(cfg, split, tokenizer):
     """Anthropic's dialogues, one subset after the other."""
