@@ -216,8 +216,8 @@ def explain(what, kind=Stop):
     except (Exception, SystemExit) as error:
         if out_of_memory(error):
             raise
-        frames = traceback.extract_tb(error.__traceback__)
-        places = [f"{what}:{frame.lineno}" for frame in frames if frame.filename == str(what)]
+        places = [f"{what}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
+                  if frame.filename == str(what)]
         raise kind(f"{[what, *places][-1]}: {one_line(error)}") from error
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -344,7 +344,7 @@ def read_toy(cfg, split, tokenizer):
     rng = random.Random(f"{cfg.seed} {split}")
     for _ in range(2048 if split == "train" else 512):
         keys = rng.sample(KEYS, rng.randint(1, 3))
-        words = rng.sample(keys + rng.choices(FILLERS, k=6 - len(keys)), 6)
+        words = [*rng.sample(keys + rng.choices(FILLERS, k=6 - len(keys)), 6), TLDR.strip()]
         drafts = [rng.sample(keys, len(keys)) for _ in range(3)]  # reference, chosen, rejected
         for draft in drafts * 2:  # each may slip twice: a word too many, wrong, or one for two
             if rng.random() < 0.5:
@@ -353,7 +353,7 @@ def read_toy(cfg, split, tokenizer):
         worth = [2 * len(set(draft) & set(keys)) - len(draft) for draft in drafts]
         if rng.random() < 1 / (1 + math.exp(2 * (worth[1] - worth[2]))):  # σ(2Δworth): the judge
             drafts[1:] = drafts[2], drafts[1]  # is noisy, and may choose the worse one
-        yield Example(" ".join([*words, TLDR.strip()]), *map(" ".join, drafts))
+        yield Example(*map(" ".join, [words, *drafts]))
 
 # A task is one entry of TASKS: read(cfg, split, tokenizer) yields Examples, None for a broken row,
 # and the preset is what differs from Config. tldr's and hh's are for 1B checkpoints on an H100.
