@@ -185,12 +185,10 @@ def effective_sample_size(weights: Tensor) -> Tensor:
 LEAST = dict(seed=0, missing_eos_penalty=0, samples_per_prompt=2, eval_samples=2, eval_prompts=3)
 
 class Stop(Exception):
-    """A user's mistake: ends the program with one line and this status."""
-    status = 2
+    """A user's mistake: ends the program with one line, and status 2."""
 
 class Guard(Stop):
-    """A number that cannot be trusted, or a disk that is full."""
-    status = 1
+    """A number that cannot be trusted, or a disk that is full: status 1, as for any other error."""
 
 def refuse_if(wrong, why):
     """Stop for a user's mistake."""
@@ -211,14 +209,16 @@ def one_line(error):
 
 @contextlib.contextmanager
 def explain(what, kind=Stop):
-    """What fails inside the block, but for want of memory, ends the program in one line."""
+    """What fails inside the block, but for want of memory, ends the program in one line. Where it
+    has passed through a file of Python that is named so, the line of this file is told, too."""
     try:
         yield
     except (Exception, SystemExit) as error:
         if out_of_memory(error):
             raise
-        kind = type(error) if isinstance(error, Stop) else kind
-        raise kind(f"{what}: {one_line(error)}") from error
+        places = [f"{what}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
+                  if frame.filename == str(what)]
+        raise kind(f"{[what, *places][-1]}: {one_line(error)}") from error
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """The resolved configuration of a command line; Stop before anything is loaded."""
@@ -226,7 +226,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     parser.error = partial(refuse_if, True)  # one line, no usage text
     given, _ = parser.parse_known_args(argv)  # what the user said, without a preset
     refuse_if(given.task not in TASKS, f"--task must be one of {', '.join(TASKS)}")
-    preset = TASKS[given.task].preset | dict(out=given.out or f"out/{given.task}")
+    preset = TASKS[given.task].preset | dict(out=f"out/{given.task}")
     if given.base:  # it becomes the prior, and no preset's reward model knows it
         preset |= dict(prior=None, reward=None)
     parser.set_defaults(**preset)
@@ -236,7 +236,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     cfg = Config(**vars(parser.parse_args(argv)))
 
     for name, value in asdict(cfg).items():
-        refuse_if(isinstance(value, str) and not (value and value.isprintable()),
+        refuse_if(value == "" or not str(value).isprintable(),
                   f"--{name} is empty or no plain text; is a variable unset?")
         least = LEAST.get(name, 1 if type(value) is int else 1e-12)
         refuse_if(type(value) in (int, float) and not least <= value <= 1e9,
@@ -265,49 +265,47 @@ def fetch(cfg, url, name):
     if not path.exists():
         with explain(f"{path} is absent (--data_dir names its folder), {url} cannot be fetched"):
             print(f"fetching {url} to {path}")
-            path.parent.mkdir(parents=True, exist_ok=True)
+            os.makedirs(path.parent, exist_ok=True)
             with open(f"{path}.part", "wb") as part:
                 file_download.http_get(url, part)  # which checks its length
             os.replace(part.name, path)
     return path
 
-def read_rows(path, parse):
-    """Yields parse(row) of a .jsonl or .jsonl.gz file; errors say file:line."""
-    opener = gzip.open if path.suffix == ".gz" else open  # a truncated .gz is an error, too
-    with explain(f"{path} (--data_dir names its folder)"), opener(path, "rb") as file:
-        lines = file.read().splitlines()
+def read_rows(path, parse, *more):
+    """Yields parse(row, *more) of a .jsonl or .jsonl.gz file; errors say file:line."""
+    unpack = gzip.decompress if path.suffix == ".gz" else bytes  # a truncated .gz is an error, too
+    with explain(f"{path} (--data_dir names its folder)"):
+        lines = unpack(path.read_bytes()).splitlines()
     for number, line in enumerate(lines, 1):
         if line.strip():
             with explain(f"{path}:{number}"):
-                row = json.loads(line.decode("utf-8-sig"))  # less a byte order mark
-                refuse_if(not isinstance(row, dict), "a row must be a JSON object")
-                example = parse(row)
+                row = json.loads(line)  # of bytes, so it may begin with a byte order mark
+                example = parse(row, *more)
+                json.dumps(example, ensure_ascii=False).encode()  # refuses lone surrogates
             yield example
 
-def text_at(row, key):
-    """row[key], which must be text."""
-    found = isinstance(row, dict) and isinstance(row.get(key), str)
-    refuse_if(not found, f"{key} is absent, or no text")
-    return row[key].encode().decode()  # refuses lone surrogates
+def text_at(row, key, kinds=str):
+    """row[key], which must be a text, or of these kinds."""
+    value = row.get(key) if isinstance(row, dict) else None
+    refuse_if(not isinstance(value, kinds), f"{key} is absent, or no text")
+    return value
 
 def parse_example(row):
     """A user's row, of Example's fields: texts, or lists of chat messages as TRL writes them."""
-    given = {}
+    given = []
     for key in Example._fields:
-        value = row.get(key)
+        value = text_at(row, key, str | list | None)
         if isinstance(value, list):
             refuse_if(not value or key != "prompt" and len(value) > 1, f"{key} must be one message")
             with explain(key):
                 texts = [text_at(turn, name) for turn in value for name in ("role", "content")]
-                json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates
                 refuse_if(key == "prompt" and texts[-2] == "assistant", "it ends with an answer")
-            given[key] = value if key == "prompt" else texts[1]
-        elif value is not None:
-            given[key] = text_at(row, key)
-
-    refuse_if(not str(given.get("prompt", "")).strip(), "a row needs a prompt")
-    refuse_if(("chosen" in given) != ("rejected" in given), "chosen and rejected need each other")
-    return Example(**given)
+            value = value if key == "prompt" else texts[1]
+        given.append(value)
+    prompt, _, chosen, rejected = given
+    refuse_if(not str(prompt or "").strip(), "a row must be an object with a prompt")
+    refuse_if((chosen is None) != (rejected is None), "chosen and rejected need each other")
+    return Example(*given)
 
 def read_jsonl(cfg, split, tokenizer):
     """The user's rows."""
@@ -317,8 +315,8 @@ def parse_dialogue(row):
     """A row of HH, cut at its last turn; None where prompts differ or an answer is empty."""
     prompt, turn, chosen = text_at(row, "chosen").rpartition(TURN)
     other, _, rejected = text_at(row, "rejected").rpartition(TURN)
-    whole = prompt == other and turn and chosen.strip() and rejected.strip()
-    return Example(prompt + turn, chosen, chosen, rejected) if whole else None
+    if prompt == other and turn and chosen.strip() and rejected.strip():
+        return Example(prompt + turn, chosen, chosen, rejected)
 
 def read_hh(cfg, split, tokenizer):
     """Anthropic's dialogues, one subset after the other."""
@@ -339,24 +337,23 @@ def parse_post(row, tokenizer, limit):
 def read_tldr(cfg, split, tokenizer):
     """OpenAI's filtered posts and their summaries."""
     path = fetch(cfg, TLDR_URL, f"datasets/tldr_3_filtered/{split}.jsonl")
-    parse = partial(parse_post, tokenizer=tokenizer, limit=cfg.max_prompt_tokens)
-    return read_rows(path, parse)
+    return read_rows(path, parse_post, tokenizer, cfg.max_prompt_tokens)
 
 def read_toy(cfg, split, tokenizer):
     """Yields prompts of six words, some of them key words: a good summary lists each of these."""
     rng = random.Random(f"{cfg.seed} {split}")
     for _ in range(2048 if split == "train" else 512):
         keys = rng.sample(KEYS, rng.randint(1, 3))
-        words = rng.sample(keys + rng.choices(FILLERS, k=6 - len(keys)), 6)
+        words = [*rng.sample(keys + rng.choices(FILLERS, k=6 - len(keys)), 6), TLDR.strip()]
         drafts = [rng.sample(keys, len(keys)) for _ in range(3)]  # reference, chosen, rejected
         for draft in drafts * 2:  # each may slip twice: a word too many, wrong, or one for two
             if rng.random() < 0.5:
                 at = rng.randrange(len(draft))
-                draft[at : at + rng.choice([0, 1, 2])] = [rng.choice(KEYS + FILLERS)]
+                draft[at : at + rng.randrange(3)] = [rng.choice(KEYS + FILLERS)]
         worth = [2 * len(set(draft) & set(keys)) - len(draft) for draft in drafts]
         if rng.random() < 1 / (1 + math.exp(2 * (worth[1] - worth[2]))):  # σ(2Δworth): the judge
-            drafts[1], drafts[2] = drafts[2], drafts[1]  # is noisy, and may choose the worse one
-        yield Example(" ".join([*words, TLDR.strip()]), *map(" ".join, drafts))
+            drafts[1:] = drafts[2], drafts[1]  # is noisy, and may choose the worse one
+        yield Example(*map(" ".join, [words, *drafts]))
 
 # A task is one entry of TASKS: read(cfg, split, tokenizer) yields Examples, None for a broken row,
 # and the preset is what differs from Config. tldr's and hh's are for 1B checkpoints on an H100.
@@ -381,11 +378,9 @@ def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
                 and 0 < len(encode_prompt(tokenizer, row.prompt)) <= cfg.max_prompt_tokens]
     broken = rows.count(None)
     said = (f"{cfg.task} {split}: {len(examples)} of {len(rows)} rows; left out: {broken} broken, "
-            f"{len(rows) - broken - len(examples)} over --max_prompt_tokens "
-            f"{cfg.max_prompt_tokens} or empty")
+            f"{len(rows) - broken - len(examples)} empty or over --max_prompt_tokens")
     print(said)
-    least = 3 if split == "test" else 1
-    refuse_if(len(examples) < least, f"too few rows, {least} needed: {said}")
+    refuse_if(len(examples) < (3 if split == "test" else 1), f"too few rows, test needs 3: {said}")
     return examples
 
 # ---- Texts and ids: what is judged is what was written ------------------------------------------
@@ -399,10 +394,8 @@ def render(tokenizer, prompt, answer=None):
         if answer is None:
             return text
         whole = template([*prompt, {"role": "assistant", "content": answer}])
-
-    refuse_if(not whole.startswith(text), "its chat template writes a prompt in another way where "
-                                          "an answer follows: give texts")
-    return whole[len(text) :]
+        refuse_if(not whole.startswith(text), "before an answer, it writes a prompt in another way")
+    return whole.removeprefix(text)
 
 def encode_prompt(tokenizer, prompt):
     """Ids of a prompt; what the tokenizer puts first stands there once, in a chat's, too."""
@@ -440,11 +433,11 @@ def check_texts(tokenizer, examples):
     leading space, and space beside special tokens (Phi-3's swallow it, old Llama files add one)."""
     special = "|".join(map(re.escape, tokenizer.get_added_vocab()))
     for prompt, *answers in examples:
-        for answer in dict.fromkeys([None, *answers]):  # None is the prompt
+        for answer in (None, *answers):  # None is the prompt
             text = render(tokenizer, prompt, answer)
             read = response_text(tokenizer, encode_after(tokenizer, text), [], skip=False)
-            given, read = (re.sub(rf"\s*({special})\s*", r"\1", unicodedata.normalize("NFKC", x))
-                           .removeprefix(" ") for x in (text, read))
+            given, read = (re.sub(rf"^ |\s*({special})\s*", r"\1", unicodedata.normalize("NFKC", x))
+                           for x in (text, read))
             refuse_if(given != read, f"its tokenizer reads {given[:60]!r} back as {read[:60]!r}")
 
 # ---- Models, and one layout for all of them: one prompt, n branches -----------------------------
@@ -651,26 +644,17 @@ def check_model(cfg, model, R):
 # ---- Rewards: by a model that reads the prior's tokens, or by the function of FILE.py ------------
 @contextlib.contextmanager
 def users_code(path):
-    """Runs the code of FILE.py: what it does to torch's defaults ends with it, and what fails is
-    told with its type and line."""
+    """Runs the code of FILE.py: what it does to torch's defaults ends with it."""
     dtype = torch.get_default_dtype()
-
     try:
-        with torch.no_grad():
+        with torch.no_grad(), explain(path):
             yield
-    except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        line = lines[-1] if lines else getattr(error, "lineno", 1)  # of a SyntaxError
-        with explain(f"{path}:{line}"):
-            raise
     finally:
         torch.set_default_dtype(dtype)
         torch.set_default_device(None)
 
 def load_function(path):
     """The function `reward` of FILE.py, a module that may import its neighbours."""
-    refuse_if(not path.is_file(), f"--reward: there is no {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)  # the processes that it starts look for it there
@@ -682,23 +666,16 @@ def load_function(path):
               f"{path} has no plain reward(prompts, responses, references)")
     return reward
 
-def written_texts(run, batch):
-    """What the responses (b, n) say, as texts."""
-    return [[response_text(run.tokenizer, y, run.ends) for y in ys] for ys in batch.responses]
-
 def judge_texts(path, reward, run, batch):
     """Rewards (b, n), float64, by reward(prompts, responses, references): three lists of b·n."""
-    texts, n = written_texts(run, batch), len(batch.responses[0])
-    prompts = [copy.deepcopy(x.prompt) for x in batch.examples for _ in range(n)]  # theirs to edit
-    references = [example.reference for example in batch.examples for _ in range(n)]
+    rows = [(copy.deepcopy(x.prompt), response_text(run.tokenizer, y, run.ends), x.reference)
+            for x, ys in zip(batch.examples, batch.responses, strict=True) for y in ys]
     with users_code(path), run.autocast(enabled=False):
-        found = reward(prompts, [*itertools.chain(*texts)], references)
-        found = found.tolist() if hasattr(found, "tolist") else found
-    with explain(f"{path}: reward() must return a list of {len(prompts)} numbers"):
-        refuse_if(not isinstance(found, list | tuple), f"it is a {type(found).__name__}")
-        refuse_if(len(found) != len(prompts), f"it has {len(found)}")
-        found = [float(0 + number) for number in found]  # a text is no number
-    return torch.tensor(found, dtype=torch.float64, device=run.device).view(-1, n)
+        found = reward(*map(list, zip(*rows, strict=True)))  # theirs to edit
+    with explain(f"{path}: reward() must return {len(rows)} numbers in a list"):
+        found = torch.as_tensor(found, dtype=torch.float64, device=run.device)
+        refuse_if(found.shape != (len(rows),), f"their shape is {[*found.shape]}")
+    return found.view_as(batch.length).clone()  # theirs may change
 
 def load_reward(run, source, prior):
     """What gives a batch its rewards (b, n): a reward model, or the function of FILE.py."""
@@ -1073,9 +1050,9 @@ def evaluate(run, models, examples):
         for batch in batches:
             if model:  # on its own samples
                 batch.figures["kl_to_prior"] = batch.log_proposal - batch.log_prior
-            scored = zip(batch.examples, batch.responses, batch.reward.tolist(),
-                         written_texts(run, batch), strict=True)
-            for example, ys, worth, texts in scored:
+            scored = zip(batch.examples, batch.responses, batch.reward.tolist(), strict=True)
+            for example, ys, worth in scored:
+                texts = [response_text(run.tokenizer, y, run.ends) for y in ys]
                 keys = [(repr(example), *y) for y in ys]  # equal responses have equal rewards
                 samples.append(dict(prompt=example.prompt, model=author, responses=texts,
                                     rewards=[*map(known.setdefault, keys, worth)]))
@@ -1253,7 +1230,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if not (isinstance(error, Stop | OSError) or out_of_memory(error)):
             raise  # a bug
-        status, message = getattr(error, "status", 1), one_line(error)
+        status, message = 2 if type(error) is Stop else 1, one_line(error)
     print(f"brain.py: {message}", file=sys.stderr)
     return status
 
