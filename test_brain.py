@@ -881,7 +881,7 @@ def assert_same_gradients(model, ours, theirs):
 @pytest.mark.parametrize("n", [1, 3, 6, 8])  # which divide into rows of 1, 1, 2 and 4 branches
 @pytest.mark.parametrize("family", FAMILIES)
 def test_branches_are_plain_rows(family, n, reward):
-    """Catches positions that do not restart for a branch, one that sees its neighbour or the left
+    """Catches positions that do not restart for a branch, one that sees its neighbour or
     padding, a mean over tokens, an end left out (it may be the id that pads, and stand inside),
     branches mixed up, the temperature of a log-probability, a reward that is not read at the last
     token, and a prompt without its gradient."""
@@ -915,7 +915,7 @@ def test_pack_lays_out_or_refuses():
     """Catches another layout than the one that is documented, an empty prompt, whose first token
     nothing predicts, and a ragged n."""
     batch = brain.pack([[5, 6, 7], [3, 4]], [[[8, 0], [9]], [[1], []]])
-    assert batch.prompt.tolist() == [[-1, 5, 6], [-1, -1, 3]]
+    assert batch.prompt.tolist() == [[5, 6, -1], [3, -1, -1]]
     assert batch.branch[0].tolist() == [[7, 8, 0], [7, 9, -1]]
     assert batch.length.tolist() == [[2, 1], [1, 0]]
     for prompts, responses in ([[]], [[[1, 0]]]), ([[1], [2]], [[[1, 0]], [[1, 0], [2, 0]]]):
@@ -1202,10 +1202,10 @@ def test_no_tensor_is_left_on_the_cpu(card_waits):
     for model in (policy, judge):
         brain.check_model(run.cfg, model, 4)
     examples = [brain.Example("a b c"[:k]) for k in (1, 5, 3)]
-    drawn = brain.sample_rollouts(run, policy, examples, 2)
-    (batches,) = brain.score_rollouts(run, policy, policy, examples, *drawn, 3)
-    texts = brain.split_batches(run, examples, [[[1]]] * 3)
-    pairs = brain.split_batches(run, examples, [[[1, 0], [2]]] * 3)
+    rows = brain.sample_rollouts(run, policy, examples, 2)
+    (batches,) = brain.score_rollouts(run, policy, policy, rows, 3)
+    texts = brain.split_batches(run, [(example, [[1]]) for example in examples])
+    pairs = brain.split_batches(run, [(example, [[1, 0], [2]]) for example in examples])
     brain.accumulate_gradient(run, policy, batches, brain.policy_loss)
     brain.accumulate_gradient(run, policy, texts, brain.sft_loss)
     brain.accumulate_gradient(run, judge, pairs, brain.preference_loss)
@@ -1590,7 +1590,7 @@ def test_steps_of_texts_by_plain_rows(columns, tokens):
     run, examples, prompts = scene(micro_batch_tokens=tokens)
     pairs = len(columns) == 2
     model, given = build_model(reward=pairs), brain.encode_answers(run, examples, columns, 12)
-    batches = brain.split_batches(run, *zip(*given, strict=True))
+    batches = brain.split_batches(run, given)
     ids = [ys for _, ys in given]
     assert {y[-1] for ys in ids for y in ys} == {0}
 
@@ -1618,10 +1618,11 @@ def test_steps_of_the_policy_by_plain_rows(tokens, dials):
     run.ends = [0, *(x[-1] for x in prompts), *range(8, 12)]
     prior, proposal, policy = models
     generators = [brain.make_generator(run.cfg.seed, "key", i) for i in range(5)]
-    ids, log_sampled = brain.sample_rollouts(run, proposal, examples, 4, "key")
+    rows = brain.sample_rollouts(run, proposal, examples, 4, "key")
+    ids = [ys for _, ys, _ in rows]
     assert ids == brain.sample(proposal, prompts, 4, 6, eos_id=run.ends, temperature=0.6,
                                generator=generators)[0]
-    batches, = brain.score_rollouts(run, prior, proposal, examples, ids, log_sampled, 5)
+    batches, = brain.score_rollouts(run, prior, proposal, rows, 5)
 
     p, q1, q = (table_of(plain_score, model, prompts, ids, 0.6) for model in models)
     lengths = (torch.tensor([len(y) for ys in ids for y in ys]) + 0.0).view(5, 4)
@@ -1712,9 +1713,9 @@ def test_scored_is_sampled(dtype, gap, fine, monkeypatch):
     run = fake_run(tokenizer=build_tokenizer(), dtype=dtype)
     monkeypatch.setattr(brain, "judge", lambda *_: None)
     monkeypatch.setattr(brain, "log_prob", lambda *_: torch.zeros(16, 4))
-    rows = [brain.Example(" why")] * 16, [[[3, 4, 5, 0]] * 4] * 16, gap, 16
+    rows = [(brain.Example(" why"), [[3, 4, 5, 0]] * 4, gaps) for gaps in gap]
     with contextlib.nullcontext() if fine else pytest.raises(brain.Guard):
-        brain.score_rollouts(run, None, None, *rows)
+        brain.score_rollouts(run, None, None, rows, 16)
 
 # Evaluation: each figure from samples.jsonl alone.
 
@@ -2005,7 +2006,7 @@ def test_whole_runs_tell_what_they_did(name, whole):
             assert text in told, (text, told)
 
     report = (run.out / "report.md").read_text()
-    usual = asdict(brain.Config(task=flags["task"], device=config["device"]))
+    usual = asdict(brain.Config())
     usual |= brain.TASKS[flags["task"]].preset
     told = {key for key in config if config[key] not in (None, usual[key])} - {*brain.FREE}
     assert set(re.findall(r"--(\w+)", report)) == told
@@ -2629,9 +2630,9 @@ def test_a_reward_is_the_number_that_was_returned(tmp_path):
     counts = torch.tensor([[2, 0, 3], [0, 1, 1]], dtype=torch.float64)
     examples = [brain.Example(" so"), brain.Example(USER, " yes")]
     ids = [[[*tokenizer.encode(text), 0] for text in row] for row in texts]
-    (rollout,) = brain.split_batches(run, examples, ids)
+    (rollout,) = brain.split_batches(run, [*zip(examples, ids, strict=True)])
     brain.judge(run, rollout)
-    assert rollout.raw_reward.tolist() == (1e8 + counts).tolist() and examples[1].prompt[0]
+    assert rollout.figures["raw_reward"].tolist() == (1e8 + counts).tolist() and examples[1].prompt[0]
     assert torch.get_default_dtype() is torch.float32 and torch.is_grad_enabled()
 
     zeros = torch.zeros(2, 3)
@@ -3298,7 +3299,7 @@ def list_responses(run, prior, examples):
     prompts = [brain.encode_prompt(run.tokenizer, example.prompt) for example in examples]
     R, size = run.cfg.max_response_tokens, len(run.tokenizer)
     space = list_space(size, R)
-    batches = brain.split_batches(run, examples, [space] * len(examples))
+    batches = brain.split_batches(run, [(example, space) for example in examples])
     for batch in batches:
         brain.judge(run, batch)
 
@@ -3364,8 +3365,8 @@ def own_pairs(run, proposal, examples, n, *key):
     limit = run.cfg.max_comparison_tokens
     found = brain.encode_answers(run, examples, ("chosen", "rejected"), limit)
     prompts = [brain.encode_prompt(run.tokenizer, example.prompt) for example in examples]
-    pairs = [ids for _, ids in found]
-    return pairs, brain.sequence_log_prob(proposal, brain.pack(prompts, pairs))
+    log_q = brain.sequence_log_prob(proposal, brain.pack(prompts, [ids for _, ids in found]))
+    return [(*row, sampled) for row, sampled in zip(found, log_q, strict=True)]
 
 def train(plan, job, prompts, look):
     """brain.train_policy with the job's loss; look(log_policy) of prompts after each of PARTS."""
@@ -3571,17 +3572,17 @@ def test_contest_changes_the_loss_alone(contest, tmp_path):
     assert run_job(plan, job)["course"][-1] == end
 
     run.reward = functools.partial(brain.judge_texts, Path(__file__), true_rewards, run)
-    batch, = brain.split_batches(run, test[:1], [list_space(10, 4)[::50]])
+    batch, = brain.split_batches(run, [(test[0], list_space(10, 4)[::50])])
     brain.judge(run, batch)
     assert torch.equal(batch.reward, known["truth"][:, ::50])
 
-    (ids,), log_sampled = own_pairs(run, policy, examples[-1:], 2)
+    (_, ids, log_sampled), = own_pairs(run, policy, examples[-1:], 2)
     words = [[*text.split(), "<eos>"][:4] for text in examples[-1][2:]]
     assert [run.tokenizer.convert_ids_to_tokens(y) for y in ids] == words
     space, prompt = list_space(10, 4), run.tokenizer(examples[-1].prompt).input_ids
     log_q = exact_log_prob(policy, [prompt], 4)[0]
     found = torch.stack([log_q[space.index(y)] for y in ids] + [log_q.logsumexp(-1)])
-    assert found.tolist() == pytest.approx([*log_sampled[0].tolist(), 0], abs=1e-5)
+    assert found.tolist() == pytest.approx([*log_sampled.tolist(), 0], abs=1e-5)
 
 def test_contest_tunes_until_a_rate_stands_between_two(monkeypatch):
     """Catches a rate at the end of those that were tried, and seeds that are not averaged."""
