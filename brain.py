@@ -1223,8 +1223,8 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             run.lock.release()
         return 0
-    except SystemExit:  # --help
-        return 0
+    except SystemExit as stop:  # --help
+        return int(stop.code != 0)
     except KeyboardInterrupt:
         status, message = 130, "stopped; the same command continues"
     except Exception as error:
