@@ -735,9 +735,8 @@ class Run:
             with explain("its run cannot be continued: remove it, or give another"):
                 self.state = torch.load(self.out / "state.pt", "cpu", weights_only=True)
                 now, old = asdict(self.cfg), self.state["config"]
-                changed = [f"{key} was {old.get(key)}, is {now[key]}" for key in now
-                           if key not in FREE and old.get(key) != now[key]]
-                refuse_if(changed, "; ".join(changed))
+                for key in sorted(now.keys() - FREE):
+                    refuse_if(old.get(key) != now[key], f"{key} was {old.get(key)}, is {now[key]}")
                 torch.set_num_threads(self.state["threads"])  # sums depend on it
 
     def begin(self, parameters):
