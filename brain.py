@@ -770,12 +770,10 @@ class Run:
     def export(self, model, name):
         """Write out/NAME, whole or not at all, if it reads back as the model that was trained."""
         tokenizer, part = self.tokenizer, self.out / f"{name}.part"  # renamed when it is whole
-        if model.can_generate():  # batched, too, `generate` shall sample what was trained
-            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-            model.generation_config = transformers.GenerationConfig(
-                do_sample=True, temperature=self.cfg.temperature, top_k=0, top_p=1.0,
-                eos_token_id=self.ends, pad_token_id=tokenizer.pad_token_id)
-
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # `generate` in batches
+        model.generation_config = transformers.GenerationConfig(  # saved if the model can generate
+            do_sample=True, temperature=self.cfg.temperature, top_k=0, top_p=1.0,
+            eos_token_id=self.ends, pad_token_id=tokenizer.pad_token_id)
         with explain(f"{self.out / name} cannot be written, the last state is kept", Guard):
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
