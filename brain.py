@@ -778,8 +778,7 @@ class Run:
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
             read = type(model).from_pretrained(part, dtype=torch.float32).state_dict()
-            torch.testing.assert_close(read, model.state_dict(), rtol=0, atol=0,
-                                       check_device=False, check_dtype=False)
+            torch.testing.assert_close(read, model.state_dict(), rtol=0, atol=0, check_device=False)
             shutil.rmtree(self.out / name, ignore_errors=True)
             os.replace(part, self.out / name)
 
