@@ -571,7 +571,7 @@ def exact_head(head, hidden):
 def freeze(model, dtype):
     """The model, to score only: with the dtypes of autocast, so equal weights have equal scores."""
     for module in model.base_model.modules():
-        if isinstance(module, (torch.nn.Linear, transformers.pytorch_utils.Conv1D)):
+        if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D):
             module.to(dtype)
     return model.requires_grad_(False)
 
