@@ -548,9 +548,8 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
     tokens, log_q, alive = [], 0, ids >= 0  # (B, n, 1): all are, as yet
 
     for step in range(max_new_tokens):
-        seen = own.repeat(1, step + 1)  # (n, n·(step + 1)), of the same branch
-        logits = forward(model, cache, mask, ids.flatten(1), seen).logits.float()  # (B, n, V)
-        log_p = (logits / temperature).log_softmax(-1)  # (B, n, V), fp32
+        output = forward(model, cache, mask, ids.flatten(1), own.repeat(1, step + 1))
+        log_p = (output.logits.float() / temperature).log_softmax(-1)  # (B, n, V), fp32
         cdf = log_p.double().exp().cumsum(-1)  # (B, n, V), fp64
         ids = torch.searchsorted(cdf, uniform[..., step, None] * cdf[..., -1:], right=True)
         ids = ids.clamp(max=cdf.shape[-1] - 1)  # (B, n, 1); u·total may round up to the total
