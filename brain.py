@@ -719,7 +719,7 @@ class Run:
     def claim(self):
         """Lock the folder for this process, and read the state that it holds, or Stop."""
         refuse_if(not str(self.out).isprintable(), "its path is no plain text")
-        self.out.mkdir(parents=True, exist_ok=True)
+        os.makedirs(self.out, exist_ok=True)
         found = {*os.listdir(self.out)} - {"lock", "state.pt.part"}  # may be there before a state
         refuse_if(found and "state.pt" not in found, "it holds no run: remove it, or give another")
         refuse_if(not os.access(self.out, os.W_OK), "it cannot be written")
