@@ -67,7 +67,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 @dataclass(frozen=True)
 class Config:
     """A run. Each field is a flag, its comment the flag's help; default < task's preset < flag."""
-
     # what
     task: str = "toy"  # toy, tldr, hh or jsonl: what to learn, from which files (see TASKS)
     out: str | None = None  # the run's folder; out/TASK by default
@@ -110,7 +109,6 @@ class Config:
     # evaluation
     eval_prompts: int = 256  # held-out prompts, at least 3
     eval_samples: int = 4  # responses to each of them, at least 2
-
 
 # ---- The paper: pure functions of (B, n) log-probabilities and rewards, in their own dtype ------
 STANDARD = ("posterior", "self_normalized")  # target and baseline that the other divergences need
@@ -610,7 +608,6 @@ def ready(run, model, tokenizer):
         refuse_if(tokenizer.eos_token is None, "it has no end-of-text token, eos")
         refuse_if(ids[-len(plain) :] != plain, "its tokenizer puts a special token after a prompt")
         head.forward = partial(exact_head, head.forward)
-
     for config in (model.config, model.config.get_text_config()):
         config.update(dict(return_dict=True, output_attentions=False, output_hidden_states=False,
                            output_router_logits=False))  # these change what a model returns
@@ -704,7 +701,6 @@ class Run:
         refuse_if(cfg.device == "cuda" and not cuda, "there is no CUDA GPU; or give --device cpu")
         torch.backends.cuda.enable_cudnn_sdp(False)  # 0.1 to 3 s for each new shape on an H200
         torch.backends.cuda.matmul.allow_tf32 = False  # the start check is exact
-
         self.device = "cuda" if cuda else "cpu"
         self.dtype = torch.bfloat16 if cuda else torch.float32  # of frozen matrices and of compute
         self.autocast = partial(torch.autocast, self.device, torch.bfloat16, enabled=cuda)
