@@ -445,9 +445,8 @@ def check_texts(tokenizer, examples):
 #                        x₁ x₂ ·     x₃ᵃ y₁ᵃ y₂ᵃ x₃ᵇ y₁ᵇ y₂ᵇ       (cache, then row of branches)
 #          predicts y₂ᵃ  #  #        #   #
 #          predicts y₂ᵇ  #  #                    #   #
-# A token's position is the number of the others that it sees.
-# Scoring feeds whole branches, g = gcd(n, 4) to a row, the fastest (README, "The cost of a step").
-# Sampling feeds one token of each of the n at a time. Both cost P + nR tokens, and rows n(P + R).
+# A token's position is the number of the others that it sees. Scoring feeds whole branches,
+# sampling a token of each at a time: P + nR tokens (README, "The cost of a step").
 
 @dataclass
 class Batch:
@@ -477,9 +476,8 @@ def pack(prompts, responses, device="cpu") -> Batch:
     return Batch(prompt.to(device), branch, (branch >= 0).sum(-1) - 1, prompts, responses)
 
 def forward(model, cache, prompt_mask, tokens, branch_mask):
-    """The model's output for tokens (rows, T) behind their prompt. They see the prompt where its
-    mask (rows, P) allows, and of the rest what the branches' mask (T, T′) allows; padding, −1, is
-    fed as any token, and no token sees it."""
+    """The model's output for tokens (rows, T), padding included. They see the prompt where its
+    mask (rows, P) allows, and of the rest what the branches' mask (T, T′) allows, no padding."""
     rows, T = tokens.shape
     seen = torch.cat([prompt_mask[:, None].expand(-1, T, -1), branch_mask.expand(rows, -1, -1)], -1)
     # Eager attention adds the mask to its scores; the least bf16 is finite in fp32, too.
@@ -495,7 +493,7 @@ def prefill(model, batch, cache):
     return mask
 
 def forward_branches(model, batch, tokens):
-    """The model's output for branches (B, n, T), with gradients, g = gcd(n, 4) to a row."""
+    """The model's output for branches (B, n, T), with gradients; 4 to a row is the fastest."""
     n, T = tokens.shape[1:]
     g, cache = math.gcd(n, 4), transformers.DynamicCache()
     mask = prefill(model, batch, cache).repeat_interleave(n // g, 0)  # (B·n/g, P)
@@ -690,9 +688,8 @@ def load_reward(run, source, prior):
 FREE = ("data_dir", "save_every", "micro_batch_tokens", "out")  # flags that a resume may change
 
 class Run:
-    """What the stages share, and the folder, which one process holds. Each draw has a key of its
-    own (make_generator), so a killed run needs no more than its stage, step, weights and optimizer
-    to continue, on a CPU bit for bit."""
+    """What the stages share, and the folder, which one process holds. As each draw has its own key,
+    a killed run needs no more than its stage, step, weights and optimizer to continue."""
     progress = "start"  # later stage and step, for messages
     tokenizer = ends = reward = None  # see prepare
 
