@@ -10,8 +10,7 @@ of a moment ago, weigh them by self-normalised importance sampling (SNIS), step 
     β̂ = softmax(log q_θ − log q′)             the policy's share, a self-normalised baseline, and
     −Σᵢ (α̂ᵢ − β̂ᵢ) ∇log q_θ(yᵢ)                the gradient: exactly 0 once the policy is right.
 
-Legend: B prompts (b in a micro-batch), n responses to each, P prompt and R response tokens, V
-    vocabulary; a response is a branch of its prompt, and g branches share a row.
+Legend: B prompts (b in a micro-batch) of P tokens, n responses of R tokens to each, V vocabulary.
     log_prior   p, the supervised (SFT) model     log_proposal  q′, which sampled the responses
     log_policy  q_θ, the model being trained      reward        r(x, y), from the reward model
     A log-probability is of a whole response, in nats, summed over its tokens with its end.
@@ -439,8 +438,8 @@ def check_texts(tokenizer, examples):
             refuse_if(given != read, f"its tokenizer reads {given[:60]!r} back as {read[:60]!r}")
 
 # ---- Models, and one layout for all of them: one prompt, n branches -----------------------------
-# The n responses to a prompt share it. Its keys and values are computed once, into a cache; then
-# the branches are fed, g of them to a row. A branch begins with the prompt's last token x₃, whose
+# The n responses to a prompt are its branches. Its keys and values are computed once, into a cache;
+# then the branches are fed, g of them to a row. Each begins with the prompt's last token x₃, whose
 # output predicts y₁. Here are g = 2 branches a and b, padding ·, and who sees (#) what:
 #                        x₁ x₂ ·     x₃ᵃ y₁ᵃ y₂ᵃ x₃ᵇ y₁ᵇ y₂ᵇ       (cache, then row of branches)
 #          predicts y₂ᵃ  #  #        #   #
