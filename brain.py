@@ -581,8 +581,7 @@ def refuse_other_forms(name):
         refuse_if(part.get("quantization_config") or part.get("compression_config"), quantised)
 
 def load(run, kind, name, **new_head):
-    """A model of a kind and its tokenizer from a hub or a folder, checked; Stop where they do not
-    fit. With num_labels=1 a language model's head is exchanged for a new one, of a reward."""
+    """A model of a kind and its tokenizer, or Stop; with num_labels=1 its head is a new one."""
     torch.manual_seed(run.cfg.seed)  # decides the new head
     place = "a folder" if Path(name).is_dir() else "no folder, so a name on the hub"
     with explain(f"{name} ({place}) cannot be used"):
