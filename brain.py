@@ -463,9 +463,8 @@ class Batch:
     figures: dict | None = None  # what is reported of each response
 
 def pack(prompts, responses, device="cpu") -> Batch:
-    """Ids of B prompts and n responses to each, ends included, as a Batch on the device:
-    pack([[5, 6, 7]], [[[8, 0], [9]]]) has the prompt [[5, 6, −1]], the branches
-    [[[7, 8, 0], [7, 9, −1]]] and the lengths [[2, 1]]. ValueError: no prompt, a ragged n."""
+    """Ids of B prompts with n responses each, ends included: pack([[5, 6, 7]], [[[8, 0], [9]]]) has
+    the prompt [[5, 6, −1]], the branch [[[7, 8, 0], [7, 9, −1]]] and the length [[2, 1]]."""
     if not all(prompts) or len({len(ys) for ys in responses}) != 1:
         raise ValueError("pack needs prompts of a token or more, and n responses to each")
     rows = [x[-1:] + y for x, ys in zip(prompts, responses, strict=True) for y in ys]  # (B·n)
@@ -528,10 +527,9 @@ class Columns(transformers.StaticLayer):
 @torch.no_grad()
 def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: float = 1.0,
            generator=None) -> tuple[list, Tensor]:
-    """n responses to each prompt from softmax(logits / temperature), nothing truncated: their ids
-    (B, n), with the end (eos_id, or one of several) unless cut at max_new_tokens, and log q′
-    (B, n), nats in fp32. With a list of generators, one per prompt, a prompt's samples do not
-    depend on the others: each token is where its own uniform number falls in the summed softmax."""
+    """n responses to each prompt from softmax(logits / temperature), nothing truncated: ids (B, n),
+    with an end (eos_id, or one of several) unless cut, and log q′ (B, n), nats in fp32. A uniform
+    number picks each token in the summed softmax: its prompt's own, given a list of generators."""
     generators = generator if isinstance(generator, list) else [generator] * len(prompts)
     uniform = torch.stack([torch.rand(n, max_new_tokens, generator=g, dtype=torch.float64)
                            for g in generators]).to(model.device)  # (B, n, R)
