@@ -10,8 +10,7 @@ of a moment ago, weigh them by self-normalised importance sampling (SNIS), step 
     β̂ = softmax(log q_θ − log q′)             the policy's share, a self-normalised baseline, and
     −Σᵢ (α̂ᵢ − β̂ᵢ) ∇log q_θ(yᵢ)                the gradient: exactly 0 once the policy is right.
 
-Legend: B prompts (b in a micro-batch), n responses to each, P prompt and R response tokens, V
-    vocabulary; a response is a branch of its prompt, and g branches share a row.
+Legend: B prompts (b in a micro-batch) of P tokens, n responses of R tokens to each, V vocabulary.
     log_prior   p, the supervised (SFT) model     log_proposal  q′, which sampled the responses
     log_policy  q_θ, the model being trained      reward        r(x, y), from the reward model
     A log-probability is of a whole response, in nats, summed over its tokens with its end.
@@ -67,7 +66,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 @dataclass(frozen=True)
 class Config:
     """A run. Each field is a flag, its comment the flag's help; default < task's preset < flag."""
-
     # what
     task: str = "toy"  # toy, tldr, hh or jsonl: what to learn, from which files (see TASKS)
     out: str | None = None  # the run's folder; out/TASK by default
@@ -110,7 +108,6 @@ class Config:
     # evaluation
     eval_prompts: int = 256  # held-out prompts, at least 3
     eval_samples: int = 4  # responses to each of them, at least 2
-
 
 # ---- The paper: pure functions of (B, n) log-probabilities and rewards, in their own dtype ------
 STANDARD = ("posterior", "self_normalized")  # target and baseline that the other divergences need
@@ -441,15 +438,14 @@ def check_texts(tokenizer, examples):
             refuse_if(given != read, f"its tokenizer reads {given[:60]!r} back as {read[:60]!r}")
 
 # ---- Models, and one layout for all of them: one prompt, n branches -----------------------------
-# The n responses to a prompt share it. Its keys and values are computed once, into a cache; then
-# the branches are fed, g of them to a row. A branch begins with the prompt's last token x₃, whose
+# The n responses to a prompt are its branches. Its keys and values are computed once, into a cache;
+# then the branches are fed, g of them to a row. Each begins with the prompt's last token x₃, whose
 # output predicts y₁. Here are g = 2 branches a and b, padding ·, and who sees (#) what:
 #                        x₁ x₂ ·     x₃ᵃ y₁ᵃ y₂ᵃ x₃ᵇ y₁ᵇ y₂ᵇ       (cache, then row of branches)
 #          predicts y₂ᵃ  #  #        #   #
 #          predicts y₂ᵇ  #  #                    #   #
-# A token's position is the number of the others that it sees.
-# Scoring feeds whole branches, g = gcd(n, 4) to a row, the fastest (README, "The cost of a step").
-# Sampling feeds one token of each of the n at a time. Both cost P + nR tokens, and rows n(P + R).
+# A token's position is the number of the others that it sees. Scoring feeds whole branches,
+# sampling a token of each at a time: P + nR tokens (README, "The cost of a step").
 
 @dataclass
 class Batch:
@@ -467,9 +463,8 @@ class Batch:
     figures: dict | None = None  # what is reported of each response
 
 def pack(prompts, responses, device="cpu") -> Batch:
-    """Ids of B prompts and n responses to each, ends included, as a Batch on the device:
-    pack([[5, 6, 7]], [[[8, 0], [9]]]) has the prompt [[5, 6, −1]], the branches
-    [[[7, 8, 0], [7, 9, −1]]] and the lengths [[2, 1]]. ValueError: no prompt, a ragged n."""
+    """Ids of B prompts with n responses each, ends included: pack([[5, 6, 7]], [[[8, 0], [9]]]) has
+    the prompt [[5, 6, −1]], the branch [[[7, 8, 0], [7, 9, −1]]] and the length [[2, 1]]."""
     if not all(prompts) or len({len(ys) for ys in responses}) != 1:
         raise ValueError("pack needs prompts of a token or more, and n responses to each")
     rows = [x[-1:] + y for x, ys in zip(prompts, responses, strict=True) for y in ys]  # (B·n)
@@ -479,9 +474,8 @@ def pack(prompts, responses, device="cpu") -> Batch:
     return Batch(prompt.to(device), branch, (branch >= 0).sum(-1) - 1, prompts, responses)
 
 def forward(model, cache, prompt_mask, tokens, branch_mask):
-    """The model's output for tokens (rows, T) behind their prompt. They see the prompt where its
-    mask (rows, P) allows, and of the rest what the branches' mask (T, T′) allows; padding, −1, is
-    fed as any token, and no token sees it."""
+    """The model's output for tokens (rows, T), padding included. They see the prompt where its
+    mask (rows, P) allows, and of the rest what the branches' mask (T, T′) allows, no padding."""
     rows, T = tokens.shape
     seen = torch.cat([prompt_mask[:, None].expand(-1, T, -1), branch_mask.expand(rows, -1, -1)], -1)
     # Eager attention adds the mask to its scores; the least bf16 is finite in fp32, too.
@@ -497,7 +491,7 @@ def prefill(model, batch, cache):
     return mask
 
 def forward_branches(model, batch, tokens):
-    """The model's output for branches (B, n, T), with gradients, g = gcd(n, 4) to a row."""
+    """The model's output for branches (B, n, T), with gradients; 4 to a row is the fastest."""
     n, T = tokens.shape[1:]
     g, cache = math.gcd(n, 4), transformers.DynamicCache()
     mask = prefill(model, batch, cache).repeat_interleave(n // g, 0)  # (B·n/g, P)
@@ -533,10 +527,9 @@ class Columns(transformers.StaticLayer):
 @torch.no_grad()
 def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: float = 1.0,
            generator=None) -> tuple[list, Tensor]:
-    """n responses to each prompt from softmax(logits / temperature), nothing truncated: their ids
-    (B, n), with the end (eos_id, or one of several) unless cut at max_new_tokens, and log q′
-    (B, n), nats in fp32. With a list of generators, one per prompt, a prompt's samples do not
-    depend on the others: each token is where its own uniform number falls in the summed softmax."""
+    """n responses to each prompt from softmax(logits / temperature), nothing truncated: ids (B, n),
+    with an end (eos_id, or one of several) unless cut, and log q′ (B, n), nats in fp32. A uniform
+    number picks each token in the summed softmax: its prompt's own, given a list of generators."""
     generators = generator if isinstance(generator, list) else [generator] * len(prompts)
     uniform = torch.stack([torch.rand(n, max_new_tokens, generator=g, dtype=torch.float64)
                            for g in generators]).to(model.device)  # (B, n, R)
@@ -548,9 +541,8 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
     tokens, log_q, alive = [], 0, ids >= 0  # (B, n, 1): all are, as yet
 
     for step in range(max_new_tokens):
-        seen = own.repeat(1, step + 1)  # (n, n·(step + 1)), of the same branch
-        logits = forward(model, cache, mask, ids.flatten(1), seen).logits.float()  # (B, n, V)
-        log_p = (logits / temperature).log_softmax(-1)  # (B, n, V), fp32
+        output = forward(model, cache, mask, ids.flatten(1), own.repeat(1, step + 1))
+        log_p = (output.logits.float() / temperature).log_softmax(-1)  # (B, n, V), fp32
         cdf = log_p.double().exp().cumsum(-1)  # (B, n, V), fp64
         ids = torch.searchsorted(cdf, uniform[..., step, None] * cdf[..., -1:], right=True)
         ids = ids.clamp(max=cdf.shape[-1] - 1)  # (B, n, 1); u·total may round up to the total
@@ -571,7 +563,7 @@ def exact_head(head, hidden):
 def freeze(model, dtype):
     """The model, to score only: with the dtypes of autocast, so equal weights have equal scores."""
     for module in model.base_model.modules():
-        if isinstance(module, (torch.nn.Linear, transformers.pytorch_utils.Conv1D)):
+        if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D):
             module.to(dtype)
     return model.requires_grad_(False)
 
@@ -587,8 +579,7 @@ def refuse_other_forms(name):
         refuse_if(part.get("quantization_config") or part.get("compression_config"), quantised)
 
 def load(run, kind, name, **new_head):
-    """A model of a kind and its tokenizer from a hub or a folder, checked; Stop where they do not
-    fit. With num_labels=1 a language model's head is exchanged for a new one, of a reward."""
+    """A model of a kind and its tokenizer, or Stop; with num_labels=1 its head is a new one."""
     torch.manual_seed(run.cfg.seed)  # decides the new head
     place = "a folder" if Path(name).is_dir() else "no folder, so a name on the hub"
     with explain(f"{name} ({place}) cannot be used"):
@@ -611,7 +602,6 @@ def ready(run, model, tokenizer):
         refuse_if(tokenizer.eos_token is None, "it has no end-of-text token, eos")
         refuse_if(ids[-len(plain) :] != plain, "its tokenizer puts a special token after a prompt")
         head.forward = partial(exact_head, head.forward)
-
     for config in (model.config, model.config.get_text_config()):
         config.update(dict(return_dict=True, output_attentions=False, output_hidden_states=False,
                            output_router_logits=False))  # these change what a model returns
@@ -694,9 +684,8 @@ def load_reward(run, source, prior):
 FREE = ("data_dir", "save_every", "micro_batch_tokens", "out")  # flags that a resume may change
 
 class Run:
-    """What the stages share, and the folder, which one process holds. Each draw has a key of its
-    own (make_generator), so a killed run needs no more than its stage, step, weights and optimizer
-    to continue, on a CPU bit for bit."""
+    """What the stages share, and the folder, which one process holds. As each draw has its own key,
+    a killed run needs no more than its stage, step, weights and optimizer to continue."""
     progress = "start"  # later stage and step, for messages
     tokenizer = ends = reward = None  # see prepare
 
@@ -705,7 +694,6 @@ class Run:
         refuse_if(cfg.device == "cuda" and not cuda, "there is no CUDA GPU; or give --device cpu")
         torch.backends.cuda.enable_cudnn_sdp(False)  # 0.1 to 3 s for each new shape on an H200
         torch.backends.cuda.matmul.allow_tf32 = False  # the start check is exact
-
         self.device = "cuda" if cuda else "cpu"
         self.dtype = torch.bfloat16 if cuda else torch.float32  # of frozen matrices and of compute
         self.autocast = partial(torch.autocast, self.device, torch.bfloat16, enabled=cuda)
@@ -720,7 +708,7 @@ class Run:
     def claim(self):
         """Lock the folder for this process, and read the state that it holds, or Stop."""
         refuse_if(not str(self.out).isprintable(), "its path is no plain text")
-        self.out.mkdir(parents=True, exist_ok=True)
+        os.makedirs(self.out, exist_ok=True)
         found = {*os.listdir(self.out)} - {"lock", "state.pt.part"}  # may be there before a state
         refuse_if(found and "state.pt" not in found, "it holds no run: remove it, or give another")
         refuse_if(not os.access(self.out, os.W_OK), "it cannot be written")
@@ -735,9 +723,8 @@ class Run:
             with explain("its run cannot be continued: remove it, or give another"):
                 self.state = torch.load(self.out / "state.pt", "cpu", weights_only=True)
                 now, old = asdict(self.cfg), self.state["config"]
-                changed = [f"{key} was {old.get(key)}, is {now[key]}" for key in now
-                           if key not in FREE and old.get(key) != now[key]]
-                refuse_if(changed, "; ".join(changed))
+                for key in sorted(now.keys() - FREE):
+                    refuse_if(old.get(key) != now[key], f"{key} was {old.get(key)}, is {now[key]}")
                 torch.set_num_threads(self.state["threads"])  # sums depend on it
 
     def begin(self, parameters):
@@ -771,18 +758,15 @@ class Run:
     def export(self, model, name):
         """Write out/NAME, whole or not at all, if it reads back as the model that was trained."""
         tokenizer, part = self.tokenizer, self.out / f"{name}.part"  # renamed when it is whole
-        if model.can_generate():  # batched, too, `generate` shall sample what was trained
-            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-            model.generation_config = transformers.GenerationConfig(
-                do_sample=True, temperature=self.cfg.temperature, top_k=0, top_p=1.0,
-                eos_token_id=self.ends, pad_token_id=tokenizer.pad_token_id)
-
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # `generate` in batches
+        model.generation_config = transformers.GenerationConfig(  # saved if the model can generate
+            do_sample=True, temperature=self.cfg.temperature, top_k=0, top_p=1.0,
+            eos_token_id=self.ends, pad_token_id=tokenizer.pad_token_id)
         with explain(f"{self.out / name} cannot be written, the last state is kept", Guard):
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
             read = type(model).from_pretrained(part, dtype=torch.float32).state_dict()
-            torch.testing.assert_close(read, model.state_dict(), rtol=0, atol=0,
-                                       check_device=False, check_dtype=False)
+            torch.testing.assert_close(read, model.state_dict(), rtol=0, atol=0, check_device=False)
             shutil.rmtree(self.out / name, ignore_errors=True)
             os.replace(part, self.out / name)
 
