@@ -699,6 +699,7 @@ class Run:
     to continue, on a CPU bit for bit."""
     progress = "start"  # later stage and step, for messages
     tokenizer = ends = reward = None  # see prepare
+    lock = contextlib.nullcontext()  # see claim
 
     def __init__(self, cfg):
         cuda = torch.cuda.is_available() and cfg.device != "cpu"
@@ -724,9 +725,8 @@ class Run:
         found = {*os.listdir(self.out)} - {"lock", "state.pt.part"}  # may be there before a state
         refuse_if(found and "state.pt" not in found, "it holds no run: remove it, or give another")
         refuse_if(not os.access(self.out, os.W_OK), "it cannot be written")
-        self.lock = filelock.FileLock(self.out / "lock")
         try:
-            self.lock.acquire(blocking=False)
+            self.lock = filelock.FileLock(self.out / "lock").acquire(blocking=False)
         except OSError as error:  # a Timeout, or one of some network drives
             refuse_if(isinstance(error, filelock.Timeout), "another process runs there")
             print("warning: --out is on a file system without locks: start no second run there")
@@ -1218,10 +1218,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{'ok' if ok else 'FAIL'}  {error:.1e} ≤ {tolerance:.0e}  {name}: {claim}")
             return int(not all(check.ok for check in checks))
         run = Run(cfg)
-        try:
+        with run.lock:
             execute(run)
-        finally:
-            run.lock.release()
         return 0
     except SystemExit:  # --help
         return 0
