@@ -834,10 +834,9 @@ def judge(run, batch):
     with run.autocast():
         raw = run.reward(batch)
     run.require(raw.isfinite(), "a reward is not finite", batch)
-    ends = torch.tensor(run.ends, device=run.device)
-    ended = torch.isin(batch.branch[..., 1:], ends).any(-1).float()  # 1 for an end, else 0
-    batch.reward = raw - run.cfg.missing_eos_penalty * (1 - ended)
-    batch.figures = dict(reward=batch.reward, raw_reward=raw, eos_share=ended,
+    ended = torch.isin(batch.branch[..., 1:], torch.tensor(run.ends, device=run.device)).any(-1)
+    batch.reward = raw - run.cfg.missing_eos_penalty * ~ended
+    batch.figures = dict(reward=batch.reward, raw_reward=raw, eos_share=ended.float(),
                          response_tokens=batch.length.float())
 
 def sample_rollouts(run, proposal, examples, n, *key):
