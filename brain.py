@@ -866,6 +866,7 @@ def score_rollouts(run, prior, proposal, rows, step_size):
         with torch.no_grad():
             batch.log_prior = log_prob(run, prior, batch)
             batch.log_proposal = log_prob(run, proposal, batch)
+        batch.figures["kl_to_prior"] = batch.log_proposal - batch.log_prior  # of who sampled
 
         gap, length = batch.log_sampled - batch.log_proposal, batch.length  # (b, n)
         same = gap.abs() <= 2e-3 / 53 * length.clamp(min=53)  # measured: 1.8e-4 nats in 53 tokens
@@ -887,16 +888,15 @@ def preference_loss(run, model, batch):
 
 def policy_loss(run, policy, batch):
     """3.3 Weigh the samples: BRAIn's loss, (b,), and what to watch (README, "Metrics")."""
-    cfg, log_prior, log_proposal = run.cfg, batch.log_prior, batch.log_proposal
-    log_policy = log_prob(run, policy, batch)  # (b, n), as all of these
+    cfg, log_policy = run.cfg, log_prob(run, policy, batch)  # (b, n), as all of these
     loss, (alpha, beta) = brain_loss(
-        log_policy, log_prior, log_proposal, batch.reward, cfg.kl_coef,
+        log_policy, batch.log_prior, batch.log_proposal, batch.reward, cfg.kl_coef,
         target=cfg.target, baseline=cfg.baseline, divergence=cfg.divergence)
-    moved = log_proposal - log_prior  # (b, n) log q′/p: rounding alone before the first step
+    moved = batch.figures["kl_to_prior"]  # log q′/p: rounding alone before the first step
     return loss, batch.figures | {
         "ess_alpha": effective_sample_size(alpha), "ess_beta": effective_sample_size(beta),
         "reward_spread": batch.reward.std(-1) / cfg.kl_coef,
-        "kl_to_prior": (beta * (log_policy.detach() - log_prior)).sum(-1),  # β̂: policy's shares
+        "kl_to_prior": (beta * (log_policy.detach() - batch.log_prior)).sum(-1),  # β̂: policy's
         "refresh_kl": moved, "refresh_kl_sd": moved.std(-1)}
 
 def accumulate_gradient(run, model, batches, loss_of):
@@ -1047,8 +1047,6 @@ def evaluate(run, models, examples):
 
         batches, = score_rollouts(run, models["prior"], model, rows, B)
         for batch in batches:
-            if model:  # on its own samples
-                batch.figures["kl_to_prior"] = batch.log_proposal - batch.log_prior
             scored = zip(batch.examples, batch.responses, batch.reward.tolist(), strict=True)
             for example, ys, worth in scored:
                 texts = [response_text(run.tokenizer, y, run.ends) for y in ys]
