@@ -1036,12 +1036,10 @@ def evaluate(run, models, examples):
     """Stage 4: figures, (mean, standard error), of prior, policy and references (if all prompts
     have one), and a row of samples.jsonl for each prompt and author."""
     cfg, B, figures, samples, rewards, known = run.cfg, len(examples), {}, [], {}, {}
-    for author in ("prior", "policy", "reference"):
-        if model := models.get(author):
-            rows = sample_rollouts(run, model, examples, cfg.eval_samples, "eval", author)
-        else:
-            limit = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
-            rows = encode_answers(run, examples, ["reference"], limit)
+    limit = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
+    for author, model in [*models.items(), ("reference", None)]:
+        rows = (sample_rollouts(run, model, examples, cfg.eval_samples, "eval", author) if model
+                else encode_answers(run, examples, ["reference"], limit))
         if len(rows) < B:
             continue
 
@@ -1050,7 +1048,7 @@ def evaluate(run, models, examples):
             scored = zip(batch.examples, batch.responses, batch.reward.tolist(), strict=True)
             for example, ys, worth in scored:
                 texts = [response_text(run.tokenizer, y, run.ends) for y in ys]
-                keys = [(repr(example), *y) for y in ys]  # equal responses have equal rewards
+                keys = [repr((example, y)) for y in ys]  # equal responses have equal rewards
                 samples.append(dict(prompt=example.prompt, model=author, responses=texts,
                                     rewards=[*map(known.setdefault, keys, worth)]))
         figures[author] = {key: mean_se(torch.cat([batch.figures[key] for batch in batches]))
