@@ -969,8 +969,7 @@ def encode_answers(run, examples, columns, limit):
     ids = [encode_response(run.tokenizer, example.prompt, getattr(example, column), run.ends, limit)
            for example in found for column in columns]
     if cut := sum(y[-1] not in run.ends for y in ids):
-        print(f"{' and '.join(columns)}: {cut} of {len(ids)} texts are longer than {limit} tokens: "
-              "they are cut, without an end")
+        print(f"{', '.join(columns)}: {cut} of {len(ids)} texts are cut to {limit} tokens, no end")
     return [*zip(found, [ids[i : i + n] for i in range(0, len(ids), n)], strict=True)]
 
 def train_on_texts(run, name, model, loss_of, splits, columns, limit, size, epochs, lr):
@@ -1186,9 +1185,8 @@ def execute(run):
 
     run.progress = "eval"  # stage 4
     figures, samples = evaluate(run, dict(prior=prior, policy=freeze(policy, run.dtype)), held_out)
-    result = {"task": cfg.task, "steps": cfg.steps, "seconds": time.time() - began,
-              "reward_reference": None, "win_rate_vs_reference": None,
-              "win_rate_vs_reference_se": None}  # unless all prompts have one
+    result = dict(task=cfg.task, steps=cfg.steps, seconds=time.time() - began,  # None: none given
+                  reward_reference=None, win_rate_vs_reference=None, win_rate_vs_reference_se=None)
     result |= {f"reward_{author}": row["reward"][0] for author, row in figures.items()}
     for key, (mean, error) in figures["policy"].items():
         result |= {key: mean, f"{key}_se": error}
