@@ -812,10 +812,9 @@ def split_batches(run, rows):
     prompts = [encode_prompt(run.tokenizer, row[0].prompt) for row in rows]
     longest = max(len(y) for row in rows for y in row[1])
     tokens = max(map(len, prompts)) + len(rows[0][1]) * longest * (1 + len(run.tokenizer) / 2**16)
-    size = int(run.cfg.micro_batch_tokens / tokens) or 1
     order = torch.tensor([*map(len, prompts)]).argsort(stable=True)
     batches = []
-    for part in order.split(size):
+    for part in order.split(int(run.cfg.micro_batch_tokens / tokens) or 1):
         examples, responses, *sampled = zip(*[rows[i] for i in part], strict=True)
         batches.append(pack([prompts[i] for i in part], responses, run.device))
         batches[-1].examples = examples
@@ -1056,9 +1055,8 @@ def evaluate(run, models, examples):
 
     for author, other in ("policy", "prior"), ("policy", "reference"), ("prior", "reference"):
         if other in rewards:
-            gaps = rewards[author][:, :, None] - rewards[other][:, None]  # (B, m, m′)
-            wins = (1 + gaps.sign()) / 2  # a tie is half
-            figures[author][f"win_rate_vs_{other}"] = mean_se(wins.flatten(1))
+            gaps = rewards[author][:, :, None] - rewards[other][:, None]  # (B, m, m′); 0 is half
+            figures[author][f"win_rate_vs_{other}"] = mean_se((1 + gaps.sign()).flatten(1) / 2)
     return figures, samples
 
 def report(run, result, figures, samples):
