@@ -853,10 +853,9 @@ def sample_rollouts(run, proposal, examples, n, *key):
     return rows
 
 def score_rollouts(run, prior, proposal, rows, step_size):
-    """3.2 Score the samples: rewards, log p and log q′, in the micro-batches and the autocast of
-    3.3, so that log q_θ − log q′ begins at exactly 0. Returns the batches of each step, of so many
-    rows. Scored is sampled: the sampler's own log q′ is the score, up to rounding, or Stop. Given
-    answers, without it, get a reward alone."""
+    """3.2 Score the samples, in the micro-batches and the autocast of 3.3, a list for each step:
+    rewards, log p and log q′, so that log q_θ − log q′ begins at exactly 0. Stop, if log q′ is not
+    the sampler's own, up to rounding. Given answers, which have none, get a reward alone."""
     steps = [split_batches(run, rows[i : i + step_size]) for i in range(0, len(rows), step_size)]
     for batch in itertools.chain(*steps):
         judge(run, batch)
@@ -931,8 +930,7 @@ class Stage:
             yield step
 
     def update(self, metrics, shown):
-        """3.4 Step: Adam at a rate that falls linearly to 0. It is logged, and when that is due, a
-        sample of the batch `shown` is printed and the state is saved."""
+        """3.4 Step: Adam at a rate that falls linearly to 0. When due, shows a sample and saves."""
         run, rate, done = self.run, self.lr * (1 - self.step / self.steps), self.step + 1
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), run.cfg.max_grad_norm)
         if not norm.isfinite():
