@@ -1029,14 +1029,13 @@ def exact_kl(run, model, listed):
     return sum(kls) / len(kls)
 
 def evaluate(run, models, examples):
-    """Stage 4: figures, (mean, standard error), of prior, policy and references (if all prompts
-    have one), and a row of samples.jsonl for each prompt and author."""
+    """Stage 4: figures, (mean, standard error), of each author, and the rows of samples.jsonl."""
     cfg, B, figures, samples, rewards, known = run.cfg, len(examples), {}, [], {}, {}
     limit = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
     for author, model in [*models.items(), ("reference", None)]:
         rows = (sample_rollouts(run, model, examples, cfg.eval_samples, "eval", author) if model
                 else encode_answers(run, examples, ["reference"], limit))
-        if len(rows) < B:
+        if len(rows) < B:  # not all have a reference
             continue
 
         batches, = score_rollouts(run, models["prior"], model, rows, B)
