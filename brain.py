@@ -688,6 +688,7 @@ class Run:
     a killed run needs no more than its stage, step, weights and optimizer to continue."""
     progress = "start"  # later stage and step, for messages
     tokenizer = ends = reward = None  # see prepare
+    lock = contextlib.nullcontext()  # see claim
 
     def __init__(self, cfg):
         cuda = torch.cuda.is_available() and cfg.device != "cpu"
@@ -712,9 +713,8 @@ class Run:
         found = {*os.listdir(self.out)} - {"lock", "state.pt.part"}  # may be there before a state
         refuse_if(found and "state.pt" not in found, "it holds no run: remove it, or give another")
         refuse_if(not os.access(self.out, os.W_OK), "it cannot be written")
-        self.lock = filelock.FileLock(self.out / "lock")
         try:
-            self.lock.acquire(blocking=False)
+            self.lock = filelock.FileLock(self.out / "lock").acquire(blocking=False)
         except OSError as error:  # a Timeout, or one of some network drives
             refuse_if(isinstance(error, filelock.Timeout), "another process runs there")
             print("warning: --out is on a file system without locks: start no second run there")
@@ -796,10 +796,9 @@ def split_batches(run, rows):
     prompts = [encode_prompt(run.tokenizer, row[0].prompt) for row in rows]
     longest = max(len(y) for row in rows for y in row[1])
     tokens = max(map(len, prompts)) + len(rows[0][1]) * longest * (1 + len(run.tokenizer) / 2**16)
-    size = int(run.cfg.micro_batch_tokens / tokens) or 1
     order = torch.tensor([*map(len, prompts)]).argsort(stable=True)
     batches = []
-    for part in order.split(size):
+    for part in order.split(int(run.cfg.micro_batch_tokens / tokens) or 1):
         examples, responses, *sampled = zip(*[rows[i] for i in part], strict=True)
         batches.append(pack([prompts[i] for i in part], responses, run.device))
         batches[-1].examples = examples
@@ -818,10 +817,9 @@ def judge(run, batch):
     with run.autocast():
         raw = run.reward(batch)
     run.require(raw.isfinite(), "a reward is not finite", batch)
-    ends = torch.tensor(run.ends, device=run.device)
-    ended = torch.isin(batch.branch[..., 1:], ends).any(-1).float()  # 1 for an end, else 0
-    batch.reward = raw - run.cfg.missing_eos_penalty * (1 - ended)
-    batch.figures = dict(reward=batch.reward, raw_reward=raw, eos_share=ended,
+    ended = torch.isin(batch.branch[..., 1:], torch.tensor(run.ends, device=run.device)).any(-1)
+    batch.reward = raw - run.cfg.missing_eos_penalty * ~ended
+    batch.figures = dict(reward=batch.reward, raw_reward=raw, eos_share=ended.float(),
                          response_tokens=batch.length.float())
 
 def sample_rollouts(run, proposal, examples, n, *key):
@@ -839,10 +837,9 @@ def sample_rollouts(run, proposal, examples, n, *key):
     return rows
 
 def score_rollouts(run, prior, proposal, rows, step_size):
-    """3.2 Score the samples: rewards, log p and log q′, in the micro-batches and the autocast of
-    3.3, so that log q_θ − log q′ begins at exactly 0. Returns the batches of each step, of so many
-    rows. Scored is sampled: the sampler's own log q′ is the score, up to rounding, or Stop. Given
-    answers, without it, get a reward alone."""
+    """3.2 Score the samples, in the micro-batches and the autocast of 3.3, a list for each step:
+    rewards, log p and log q′, so that log q_θ − log q′ begins at exactly 0. Stop, if log q′ is not
+    the sampler's own, up to rounding. Given answers, which have none, get a reward alone."""
     steps = [split_batches(run, rows[i : i + step_size]) for i in range(0, len(rows), step_size)]
     for batch in itertools.chain(*steps):
         judge(run, batch)
@@ -851,6 +848,7 @@ def score_rollouts(run, prior, proposal, rows, step_size):
         with torch.no_grad():
             batch.log_prior = log_prob(run, prior, batch)
             batch.log_proposal = log_prob(run, proposal, batch)
+        batch.figures["kl_to_prior"] = batch.log_proposal - batch.log_prior  # of who sampled
 
         gap, length = batch.log_sampled - batch.log_proposal, batch.length  # (b, n)
         same = gap.abs() <= 2e-3 / 53 * length.clamp(min=53)  # measured: 1.8e-4 nats in 53 tokens
@@ -872,16 +870,15 @@ def preference_loss(run, model, batch):
 
 def policy_loss(run, policy, batch):
     """3.3 Weigh the samples: BRAIn's loss, (b,), and what to watch (README, "Metrics")."""
-    cfg, log_prior, log_proposal = run.cfg, batch.log_prior, batch.log_proposal
-    log_policy = log_prob(run, policy, batch)  # (b, n), as all of these
+    cfg, log_policy = run.cfg, log_prob(run, policy, batch)  # (b, n), as all of these
     loss, (alpha, beta) = brain_loss(
-        log_policy, log_prior, log_proposal, batch.reward, cfg.kl_coef,
+        log_policy, batch.log_prior, batch.log_proposal, batch.reward, cfg.kl_coef,
         target=cfg.target, baseline=cfg.baseline, divergence=cfg.divergence)
-    moved = log_proposal - log_prior  # (b, n) log q′/p: rounding alone before the first step
+    moved = batch.figures["kl_to_prior"]  # log q′/p: rounding alone before the first step
     return loss, batch.figures | {
         "ess_alpha": effective_sample_size(alpha), "ess_beta": effective_sample_size(beta),
         "reward_spread": batch.reward.std(-1) / cfg.kl_coef,
-        "kl_to_prior": (beta * (log_policy.detach() - log_prior)).sum(-1),  # β̂: policy's shares
+        "kl_to_prior": (beta * (log_policy.detach() - batch.log_prior)).sum(-1),  # β̂: policy's
         "refresh_kl": moved, "refresh_kl_sd": moved.std(-1)}
 
 def accumulate_gradient(run, model, batches, loss_of):
@@ -917,8 +914,7 @@ class Stage:
             yield step
 
     def update(self, metrics, shown):
-        """3.4 Step: Adam at a rate that falls linearly to 0. It is logged, and when that is due, a
-        sample of the batch `shown` is printed and the state is saved."""
+        """3.4 Step: Adam at a rate that falls linearly to 0. When due, shows a sample and saves."""
         run, rate, done = self.run, self.lr * (1 - self.step / self.steps), self.step + 1
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), run.cfg.max_grad_norm)
         if not norm.isfinite():
@@ -954,8 +950,7 @@ def encode_answers(run, examples, columns, limit):
     ids = [encode_response(run.tokenizer, example.prompt, getattr(example, column), run.ends, limit)
            for example in found for column in columns]
     if cut := sum(y[-1] not in run.ends for y in ids):
-        print(f"{' and '.join(columns)}: {cut} of {len(ids)} texts are longer than {limit} tokens: "
-              "they are cut, without an end")
+        print(f"{', '.join(columns)}: {cut} of {len(ids)} texts are cut to {limit} tokens, no end")
     return [*zip(found, [ids[i : i + n] for i in range(0, len(ids), n)], strict=True)]
 
 def train_on_texts(run, name, model, loss_of, splits, columns, limit, size, epochs, lr):
@@ -1018,26 +1013,21 @@ def exact_kl(run, model, listed):
     return sum(kls) / len(kls)
 
 def evaluate(run, models, examples):
-    """Stage 4: figures, (mean, standard error), of prior, policy and references (if all prompts
-    have one), and a row of samples.jsonl for each prompt and author."""
+    """Stage 4: figures, (mean, standard error), of each author, and the rows of samples.jsonl."""
     cfg, B, figures, samples, rewards, known = run.cfg, len(examples), {}, [], {}, {}
-    for author in ("prior", "policy", "reference"):
-        if model := models.get(author):
-            rows = sample_rollouts(run, model, examples, cfg.eval_samples, "eval", author)
-        else:
-            limit = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
-            rows = encode_answers(run, examples, ["reference"], limit)
-        if len(rows) < B:
+    limit = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
+    for author, model in [*models.items(), ("reference", None)]:
+        rows = (sample_rollouts(run, model, examples, cfg.eval_samples, "eval", author) if model
+                else encode_answers(run, examples, ["reference"], limit))
+        if len(rows) < B:  # not all have a reference
             continue
 
         batches, = score_rollouts(run, models["prior"], model, rows, B)
         for batch in batches:
-            if model:  # on its own samples
-                batch.figures["kl_to_prior"] = batch.log_proposal - batch.log_prior
             scored = zip(batch.examples, batch.responses, batch.reward.tolist(), strict=True)
             for example, ys, worth in scored:
                 texts = [response_text(run.tokenizer, y, run.ends) for y in ys]
-                keys = [(repr(example), *y) for y in ys]  # equal responses have equal rewards
+                keys = [repr((example, y)) for y in ys]  # equal responses have equal rewards
                 samples.append(dict(prompt=example.prompt, model=author, responses=texts,
                                     rewards=[*map(known.setdefault, keys, worth)]))
         figures[author] = {key: mean_se(torch.cat([batch.figures[key] for batch in batches]))
@@ -1046,9 +1036,8 @@ def evaluate(run, models, examples):
 
     for author, other in ("policy", "prior"), ("policy", "reference"), ("prior", "reference"):
         if other in rewards:
-            gaps = rewards[author][:, :, None] - rewards[other][:, None]  # (B, m, m′)
-            wins = (1 + gaps.sign()) / 2  # a tie is half
-            figures[author][f"win_rate_vs_{other}"] = mean_se(wins.flatten(1))
+            gaps = rewards[author][:, :, None] - rewards[other][:, None]  # (B, m, m′); 0 is half
+            figures[author][f"win_rate_vs_{other}"] = mean_se((1 + gaps.sign()).flatten(1) / 2)
     return figures, samples
 
 def report(run, result, figures, samples):
@@ -1175,9 +1164,8 @@ def execute(run):
 
     run.progress = "eval"  # stage 4
     figures, samples = evaluate(run, dict(prior=prior, policy=freeze(policy, run.dtype)), held_out)
-    result = {"task": cfg.task, "steps": cfg.steps, "seconds": time.time() - began,
-              "reward_reference": None, "win_rate_vs_reference": None,
-              "win_rate_vs_reference_se": None}  # unless all prompts have one
+    result = dict(task=cfg.task, steps=cfg.steps, seconds=time.time() - began,  # None: none given
+                  reward_reference=None, win_rate_vs_reference=None, win_rate_vs_reference_se=None)
     result |= {f"reward_{author}": row["reward"][0] for author, row in figures.items()}
     for key, (mean, error) in figures["policy"].items():
         result |= {key: mean, f"{key}_se": error}
@@ -1202,10 +1190,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{'ok' if ok else 'FAIL'}  {error:.1e} ≤ {tolerance:.0e}  {name}: {claim}")
             return int(not all(check.ok for check in checks))
         run = Run(cfg)
-        try:
+        with run.lock:
             execute(run)
-        finally:
-            run.lock.release()
         return 0
     except SystemExit as stop:  # --help
         return int(stop.code != 0)
