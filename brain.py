@@ -129,12 +129,10 @@ def snis_weights(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, re
     if target == "posterior":  # p(y|x, G=1) ∝ p(y|x)·exp(r/kl_coef), over q′; Z(x) cancels
         alpha_hat = (log_prior + reward / kl_coef - log_proposal).softmax(-1)  # (B, n)
     elif target == "argmax":  # kl_coef → 0: all weight on the highest reward, shared among ties
-        best = (reward == reward.amax(-1, keepdim=True)).to(reward)  # (B, n)
-        alpha_hat = best / best.sum(-1, keepdim=True)
+        alpha_hat = F.normalize((reward == reward.amax(-1, keepdim=True)).to(reward), 1, -1)
     else:
         raise ValueError(f"target must be posterior or argmax, not {target!r}")
-    beta_hat = (log_policy - log_proposal).softmax(-1)  # (B, n)
-    return Weights(alpha_hat, beta_hat)
+    return Weights(alpha_hat, beta_hat=(log_policy - log_proposal).softmax(-1))
 
 def brain_loss(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, reward: Tensor,
                kl_coef: float, *, target: str = "posterior", baseline: str = "self_normalized",
@@ -159,7 +157,7 @@ def brain_loss(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, rewa
     rho = log_policy - log_proposal  # (B, n) ρ = log q_θ − log q′
     n = rho.shape[-1]
 
-    normaliser = {"none": torch.zeros_like(rho[..., 0]),  # A(ρ), (B,)
+    normaliser = {"none": 0,  # A(ρ), (B,)
                   "unnormalized": rho.exp().mean(-1) - 1,
                   "self_normalized": rho.logsumexp(-1) - math.log(n)}
     if divergence == "forward" and baseline in normaliser:  # with 0·log 0 = 0
