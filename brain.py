@@ -277,8 +277,7 @@ def read_rows(path, parse, *more):
     for number, line in enumerate(lines, 1):
         if line.strip():
             with explain(f"{path}:{number}"):
-                row = json.loads(line)  # of bytes, so it may begin with a byte order mark
-                example = parse(row, *more)
+                example = parse(json.loads(line), *more)  # bytes may begin with a BOM
                 json.dumps(example, ensure_ascii=False).encode()  # refuses lone surrogates
             yield example
 
@@ -290,20 +289,17 @@ def text_at(row, key, kinds=str):
 
 def parse_example(row):
     """A user's row, of Example's fields: texts, or lists of chat messages as TRL writes them."""
-    given = []
-    for key in Example._fields:
-        value = text_at(row, key, str | list | None)
-        if isinstance(value, list):
-            refuse_if(not value or key != "prompt" and len(value) > 1, f"{key} must be one message")
+    given = {key: text_at(row, key, str | list | None) for key in Example._fields}
+    refuse_if(not str(given["prompt"] or "").strip(), "a row must be an object with a prompt")
+    refuse_if([given["chosen"], given["rejected"]].count(None) == 1, "chosen, rejected: give both")
+    for key, turns in given.items():
+        if isinstance(turns, list):
             with explain(key):
-                texts = [text_at(turn, name) for turn in value for name in ("role", "content")]
+                texts = [text_at(turn, name) for turn in turns for name in ("role", "content")]
                 refuse_if(key == "prompt" and texts[-2] == "assistant", "it ends with an answer")
-            value = value if key == "prompt" else texts[1]
-        given.append(value)
-    prompt, _, chosen, rejected = given
-    refuse_if(not str(prompt or "").strip(), "a row must be an object with a prompt")
-    refuse_if((chosen is None) != (rejected is None), "chosen and rejected need each other")
-    return Example(*given)
+                refuse_if(key != "prompt" and len(turns) != 1, "an answer must be one message")
+            given[key] = turns if key == "prompt" else texts[1]
+    return Example(**given)
 
 def read_jsonl(cfg, split, tokenizer):
     """The user's rows."""
