@@ -34,7 +34,6 @@ Departures from the paper:
 import contextlib
 import copy
 import gzip
-import importlib.util
 import inspect
 import itertools
 import json
@@ -50,6 +49,7 @@ import unicodedata
 from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Literal
 
@@ -359,9 +359,8 @@ TASKS = {
         prompts_per_refresh=64, save_every=50)),
     "tldr": Task(read_tldr, dict(
         data_dir="data/tldr", prior="cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr",
-        reward="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr", temperature=0.7,
-        max_response_tokens=53, max_comparison_tokens=169, sft_lr=3e-6, sft_batch=128,
-        device="cuda")),
+        reward="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr", device="cuda", sft_lr=3e-6,
+        sft_batch=128, temperature=0.7, max_response_tokens=53, max_comparison_tokens=169)),
     "hh": Task(read_hh, dict(data_dir="data/hh-rlhf", prior="lomahony/eleuther-pythia1b-hh-sft")),
     "jsonl": Task(read_jsonl, dict(data_dir="data"))}
 
@@ -406,8 +405,7 @@ def encode_after(tokenizer, text):
 
 def until_end(ids, ends):
     """Ids up to and with the first of the ends."""
-    first = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: first + 1]
+    return ids[: next((i for i, token in enumerate(ids, 1) if token in ends), None)]
 
 def encode_response(tokenizer, prompt, answer, ends, limit):
     """Ids of a given answer and its first end, the tokenizer's own if it has none, cut to limit."""
@@ -649,12 +647,11 @@ def users_code(path):
 
 def load_function(path):
     """The function `reward` of FILE.py, a module that may import its neighbours."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    module = module_from_spec(spec_from_file_location(path.stem, path))
     sys.modules.setdefault(path.stem, module)  # the processes that it starts look for it there
     sys.path.insert(0, str(path.parent))
     with users_code(path):
-        spec.loader.exec_module(module)
+        module.__spec__.loader.exec_module(module)
     reward = getattr(module, "reward", None)
     refuse_if(not callable(reward) or inspect.iscoroutinefunction(reward),
               f"{path} has no plain reward(prompts, responses, references)")
