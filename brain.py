@@ -257,23 +257,20 @@ Example = namedtuple("Example", "prompt reference chosen rejected", defaults=[No
 # All are texts, but the prompt may be a chat: a list of messages, each with a role and a content.
 # An answer brings its own leading space. Stage 1 reads references, stage 2 chosen and rejected.
 
-def fetch(cfg, url, name):
-    """The path of file NAME below --data_dir, downloaded from url/NAME if it is absent."""
-    path, url = Path(cfg.data_dir, name), f"{url}/{name}"
-    if not path.exists():
-        with explain(f"{path} is absent (--data_dir names its folder), {url} cannot be fetched"):
+def read_rows(cfg, source, name, parse, *more):
+    """Yields parse(row, *more) of the file NAME below --data_dir, .jsonl or .jsonl.gz, which comes
+    from source/NAME if it is absent; errors say file:line."""
+    path, url = Path(cfg.data_dir, name), f"{source}/{name}"
+    with explain(f"{path} (--data_dir names its folder)"):
+        if source and not path.exists():
             print(f"fetching {url} to {path}")
             os.makedirs(path.parent, exist_ok=True)
-            with open(f"{path}.part", "wb") as part:
+            with explain(url), open(f"{path}.part", "wb") as part:
                 file_download.http_get(url, part)  # which checks its length
             os.replace(part.name, path)
-    return path
-
-def read_rows(path, parse, *more):
-    """Yields parse(row, *more) of a .jsonl or .jsonl.gz file; errors say file:line."""
-    unpack = gzip.decompress if path.suffix == ".gz" else bytes  # a truncated .gz is an error, too
-    with explain(f"{path} (--data_dir names its folder)"):
+        unpack = gzip.decompress if path.suffix == ".gz" else bytes  # refuses a truncated .gz
         lines = unpack(path.read_bytes()).splitlines()
+
     for number, line in enumerate(lines, 1):
         if line.strip():
             with explain(f"{path}:{number}"):
@@ -303,7 +300,7 @@ def parse_example(row):
 
 def read_jsonl(cfg, split, tokenizer):
     """The user's rows."""
-    return read_rows(Path(cfg.data_dir, f"{split}.jsonl"), parse_example)
+    return read_rows(cfg, None, f"{split}.jsonl", parse_example)
 
 def parse_dialogue(row):
     """A row of HH, cut at its last turn; None where prompts differ or an answer is empty."""
@@ -315,7 +312,7 @@ def parse_dialogue(row):
 def read_hh(cfg, split, tokenizer):
     """Anthropic's dialogues, one subset after the other."""
     for subset in cfg.hh_subsets.split():
-        yield from read_rows(fetch(cfg, HH_URL, f"{subset}/{split}.jsonl.gz"), parse_dialogue)
+        yield from read_rows(cfg, HH_URL, f"{subset}/{split}.jsonl.gz", parse_dialogue)
 
 def parse_post(row, tokenizer, limit):
     """A row of tldr_3_filtered as a query; None for an empty summary. A post that is too long is
@@ -330,8 +327,8 @@ def parse_post(row, tokenizer, limit):
 
 def read_tldr(cfg, split, tokenizer):
     """OpenAI's filtered posts and their summaries."""
-    path = fetch(cfg, TLDR_URL, f"datasets/tldr_3_filtered/{split}.jsonl")
-    return read_rows(path, parse_post, tokenizer, cfg.max_prompt_tokens)
+    name = f"datasets/tldr_3_filtered/{split}.jsonl"
+    return read_rows(cfg, TLDR_URL, name, parse_post, tokenizer, cfg.max_prompt_tokens)
 
 def read_toy(cfg, split, tokenizer):
     """Yields prompts of six words, some of them key words: a good summary lists each of these."""
