@@ -234,8 +234,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     cfg = Config(**vars(parser.parse_args(argv)))
 
     for name, value in asdict(cfg).items():
-        refuse_if(value == "" or not str(value).isprintable(),
-                  f"--{name} is empty or no plain text; is a variable unset?")
+        refuse_if(value == "" or not str(value).isprintable(), f"--{name} is empty or unprintable")
         least = LEAST.get(name, 1 if type(value) is int else 1e-12)
         refuse_if(type(value) in (int, float) and not least <= value <= 1e9,
                   f"--{name} must be between {least} and 1e9, not {value}")
@@ -634,12 +633,11 @@ def check_model(cfg, model, R):
 @contextlib.contextmanager
 def users_code(path):
     """Runs the code of FILE.py: what it does to torch's defaults ends with it."""
-    dtype = torch.get_default_dtype()
     try:
         with torch.no_grad(), explain(path):
             yield
     finally:
-        torch.set_default_dtype(dtype)
+        torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
 
 def load_function(path):
