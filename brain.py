@@ -118,9 +118,8 @@ Weights = namedtuple("Weights", "alpha_hat beta_hat")  # shares of the n samples
 
 def snis_weights(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, reward: Tensor,
                  kl_coef: float, target: str = "posterior") -> Weights:
-    """Self-normalised importance weights: α̂ of the posterior, β̂ of the policy (section 4), from
-    (B, n) log-probabilities of whole responses, in nats, and rewards, in the reward model's units.
-    ValueError for unequal shapes, kl_coef ≤ 0 or an unknown target."""
+    """α̂ of the posterior and β̂ of the policy (section 4), (B, n), from log-probabilities of whole
+    responses, in nats, and rewards. ValueError: unequal shapes, kl_coef ≤ 0 or unknown target."""
     if not log_policy.shape == log_prior.shape == log_proposal.shape == reward.shape:
         raise ValueError("log_policy, log_prior, log_proposal and reward need one shape, (B, n)")
     if not kl_coef > 0:
@@ -139,9 +138,8 @@ def brain_loss(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, rewa
                divergence: str = "forward") -> tuple[Tensor, Weights]:
     """BRAIn's loss, KL(α̂ ‖ β̂) by default, per prompt (B,) in nats, and the detached weights.
 
-    It is Σ α̂ (log nα̂ − ρ) + A(ρ), differentiable in log_policy alone, with the gradient
-    −Σᵢ (α̂ᵢ − bᵢ) ∇log q_θ(yᵢ). A(ρ) estimates log Σ_y q_θ(y|x) = 0, and its slope in ρ is the
-    baseline b:
+    It is Σ α̂ (log nα̂ − ρ) + A(ρ). Its gradient is in log_policy alone: −Σᵢ (α̂ᵢ − bᵢ) ∇log q_θ(yᵢ).
+    A(ρ) estimates log Σ_y q_θ(y|x) = 0, and its slope in ρ is the baseline b:
 
         baseline          A(ρ), ρ = log q_θ − log q′    b           as in
         none              0                             0           DPG
@@ -298,7 +296,6 @@ def parse_example(row):
     return Example(**given)
 
 def read_jsonl(cfg, split, tokenizer):
-    """The user's rows."""
     return read_rows(cfg, None, f"{split}.jsonl", parse_example)
 
 def parse_dialogue(row):
