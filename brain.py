@@ -405,8 +405,7 @@ def encode_response(tokenizer, prompt, answer, ends, limit):
     return until_end([*ids, tokenizer.eos_token_id], ends)[:limit]
 
 def response_text(tokenizer, ids, ends, skip=True):
-    """What a response says, without its end and other special tokens: decoded behind an a, as alone
-    SentencePiece's would lose its first space."""
+    """What a response says before its end, decoded behind an a, or SentencePiece drops a space."""
     decode = partial(tokenizer.decode, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
     before = tokenizer("a", add_special_tokens=False).input_ids
     ids = [token for token in until_end(ids, ends) if token not in ends]
