@@ -69,7 +69,7 @@ class Config:
     """A run. Each field is a flag, its comment the flag's help; default < task's preset < flag."""
 
     # what
-    task: Literal["toy", "tldr", "hh", "jsonl"] = "toy"  # what to learn, and from what (TASKS)
+    task: str = "toy"  # toy, tldr, hh or jsonl: what to learn, from which files (see TASKS)
     out: str | None = None  # the run's folder; out/TASK by default
     check: bool = False  # print the derivation checks, nothing else
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
@@ -221,6 +221,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     parser = transformers.HfArgumentParser(Config, add_help=False, allow_abbrev=False)
     parser.error = partial(refuse_if, True)  # one line, no usage text
     given, _ = parser.parse_known_args(argv)  # what the user said, without a preset
+    refuse_if(given.task not in TASKS, f"--task must be one of {', '.join(TASKS)}")
     preset = TASKS[given.task].preset | dict(out=f"out/{given.task}")
     if given.base:  # it becomes the prior, and no preset's reward model knows it
         preset |= dict(prior=None, reward=None)
