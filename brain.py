@@ -629,11 +629,12 @@ def check_model(cfg, model, R):
 @contextlib.contextmanager
 def users_code(path):
     """Runs the code of FILE.py: what it does to torch's defaults ends with it."""
+    dtype = torch.get_default_dtype()
     try:
         with torch.no_grad(), explain(path):
             yield
     finally:
-        torch.set_default_dtype(torch.float32)
+        torch.set_default_dtype(dtype)
         torch.set_default_device(None)
 
 def load_function(path):
