@@ -33,7 +33,6 @@ Departures from the paper:
 import contextlib
 import copy
 import gzip
-import importlib.util
 import inspect
 import itertools
 import json
@@ -49,6 +48,7 @@ import unicodedata
 from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Literal
 
@@ -115,9 +115,8 @@ Weights = namedtuple("Weights", "alpha_hat beta_hat")  # shares of the n samples
 
 def snis_weights(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, reward: Tensor,
                  kl_coef: float, target: str = "posterior") -> Weights:
-    """Self-normalised importance weights: α̂ of the posterior, β̂ of the policy (section 4), from
-    (B, n) log-probabilities of whole responses, in nats, and rewards, in the reward model's units.
-    ValueError for unequal shapes, kl_coef ≤ 0 or an unknown target."""
+    """α̂ of the posterior and β̂ of the policy (section 4), (B, n), from log-probabilities of whole
+    responses, in nats, and rewards. ValueError: unequal shapes, kl_coef ≤ 0 or unknown target."""
     if not log_policy.shape == log_prior.shape == log_proposal.shape == reward.shape:
         raise ValueError("log_policy, log_prior, log_proposal and reward need one shape, (B, n)")
     if not kl_coef > 0:
@@ -126,21 +125,18 @@ def snis_weights(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, re
     if target == "posterior":  # p(y|x, G=1) ∝ p(y|x)·exp(r/kl_coef), over q′; Z(x) cancels
         alpha_hat = (log_prior + reward / kl_coef - log_proposal).softmax(-1)  # (B, n)
     elif target == "argmax":  # kl_coef → 0: all weight on the highest reward, shared among ties
-        best = (reward == reward.amax(-1, keepdim=True)).to(reward)  # (B, n)
-        alpha_hat = best / best.sum(-1, keepdim=True)
+        alpha_hat = F.normalize((reward == reward.amax(-1, keepdim=True)).to(reward), 1, -1)
     else:
         raise ValueError(f"target must be posterior or argmax, not {target!r}")
-    beta_hat = (log_policy - log_proposal).softmax(-1)  # (B, n)
-    return Weights(alpha_hat, beta_hat)
+    return Weights(alpha_hat, beta_hat=(log_policy - log_proposal).softmax(-1))
 
 def brain_loss(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, reward: Tensor,
                kl_coef: float, *, target: str = "posterior", baseline: str = "self_normalized",
                divergence: str = "forward") -> tuple[Tensor, Weights]:
     """BRAIn's loss, KL(α̂ ‖ β̂) by default, per prompt (B,) in nats, and the detached weights.
 
-    It is Σ α̂ (log nα̂ − ρ) + A(ρ), differentiable in log_policy alone, with the gradient
-    −Σᵢ (α̂ᵢ − bᵢ) ∇log q_θ(yᵢ). A(ρ) estimates log Σ_y q_θ(y|x) = 0, and its slope in ρ is the
-    baseline b:
+    It is Σ α̂ (log nα̂ − ρ) + A(ρ). Its gradient is in log_policy alone: −Σᵢ (α̂ᵢ − bᵢ) ∇log q_θ(yᵢ).
+    A(ρ) estimates log Σ_y q_θ(y|x) = 0, and its slope in ρ is the baseline b:
 
         baseline          A(ρ), ρ = log q_θ − log q′    b           as in
         none              0                             0           DPG
@@ -156,7 +152,7 @@ def brain_loss(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, rewa
     rho = log_policy - log_proposal  # (B, n) ρ = log q_θ − log q′
     n = rho.shape[-1]
 
-    normaliser = {"none": torch.zeros_like(rho[..., 0]),  # A(ρ), (B,)
+    normaliser = {"none": 0,  # A(ρ), (B,)
                   "unnormalized": rho.exp().mean(-1) - 1,
                   "self_normalized": rho.logsumexp(-1) - math.log(n)}
     if divergence == "forward" and baseline in normaliser:  # with 0·log 0 = 0
@@ -233,8 +229,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     cfg = Config(**vars(parser.parse_args(argv)))
 
     for name, value in asdict(cfg).items():
-        refuse_if(value == "" or not str(value).isprintable(),
-                  f"--{name} is empty or no plain text; is a variable unset?")
+        refuse_if(value == "" or not str(value).isprintable(), f"--{name} is empty or unprintable")
         least = LEAST.get(name, 1 if type(value) is int else 1e-12)
         refuse_if(type(value) in (int, float) and not least <= value <= 1e9,
                   f"--{name} must be between {least} and 1e9, not {value}")
@@ -256,28 +251,24 @@ Example = namedtuple("Example", "prompt reference chosen rejected", defaults=[No
 # All are texts, but the prompt may be a chat: a list of messages, each with a role and a content.
 # An answer brings its own leading space. Stage 1 reads references, stage 2 chosen and rejected.
 
-def fetch(cfg, url, name):
-    """The path of file NAME below --data_dir, downloaded from url/NAME if it is absent."""
-    path, url = Path(cfg.data_dir, name), f"{url}/{name}"
-    if not path.exists():
-        with explain(f"{path} is absent (--data_dir names its folder), {url} cannot be fetched"):
+def read_rows(cfg, source, name, parse, *more):
+    """Yields parse(row, *more) of the file NAME below --data_dir, .jsonl or .jsonl.gz, which comes
+    from source/NAME if it is absent; errors say file:line."""
+    path, url = Path(cfg.data_dir, name), f"{source}/{name}"
+    with explain(f"{path} (--data_dir names its folder)"):
+        if source and not path.exists():
             print(f"fetching {url} to {path}")
             os.makedirs(path.parent, exist_ok=True)
-            with open(f"{path}.part", "wb") as part:
+            with explain(url), open(f"{path}.part", "wb") as part:
                 file_download.http_get(url, part)  # which checks its length
             os.replace(part.name, path)
-    return path
-
-def read_rows(path, parse, *more):
-    """Yields parse(row, *more) of a .jsonl or .jsonl.gz file; errors say file:line."""
-    unpack = gzip.decompress if path.suffix == ".gz" else bytes  # a truncated .gz is an error, too
-    with explain(f"{path} (--data_dir names its folder)"):
+        unpack = gzip.decompress if path.suffix == ".gz" else bytes  # refuses a truncated .gz
         lines = unpack(path.read_bytes()).splitlines()
+
     for number, line in enumerate(lines, 1):
         if line.strip():
             with explain(f"{path}:{number}"):
-                row = json.loads(line)  # of bytes, so it may begin with a byte order mark
-                example = parse(row, *more)
+                example = parse(json.loads(line), *more)  # bytes may begin with a BOM
                 json.dumps(example, ensure_ascii=False).encode()  # refuses lone surrogates
             yield example
 
@@ -289,24 +280,20 @@ def text_at(row, key, kinds=str):
 
 def parse_example(row):
     """A user's row, of Example's fields: texts, or lists of chat messages as TRL writes them."""
-    given = []
-    for key in Example._fields:
-        value = text_at(row, key, str | list | None)
-        if isinstance(value, list):
-            refuse_if(not value or key != "prompt" and len(value) > 1, f"{key} must be one message")
+    given = {key: text_at(row, key, str | list | None) for key in Example._fields}
+    refuse_if(not str(given["prompt"] or "").strip(), "a row must be an object with a prompt")
+    refuse_if([given["chosen"], given["rejected"]].count(None) == 1, "chosen, rejected: give both")
+    for key, turns in given.items():
+        if isinstance(turns, list):
             with explain(key):
-                texts = [text_at(turn, name) for turn in value for name in ("role", "content")]
+                texts = [text_at(turn, name) for turn in turns for name in ("role", "content")]
                 refuse_if(key == "prompt" and texts[-2] == "assistant", "it ends with an answer")
-            value = value if key == "prompt" else texts[1]
-        given.append(value)
-    prompt, _, chosen, rejected = given
-    refuse_if(not str(prompt or "").strip(), "a row must be an object with a prompt")
-    refuse_if((chosen is None) != (rejected is None), "chosen and rejected need each other")
-    return Example(*given)
+                refuse_if(key != "prompt" and len(turns) != 1, "an answer must be one message")
+            given[key] = turns if key == "prompt" else texts[1]
+    return Example(**given)
 
 def read_jsonl(cfg, split, tokenizer):
-    """The user's rows."""
-    return read_rows(Path(cfg.data_dir, f"{split}.jsonl"), parse_example)
+    return read_rows(cfg, None, f"{split}.jsonl", parse_example)
 
 def parse_dialogue(row):
     """A row of HH, cut at its last turn; None where prompts differ or an answer is empty."""
@@ -318,7 +305,7 @@ def parse_dialogue(row):
 def read_hh(cfg, split, tokenizer):
     """Anthropic's dialogues, one subset after the other."""
     for subset in cfg.hh_subsets.split():
-        yield from read_rows(fetch(cfg, HH_URL, f"{subset}/{split}.jsonl.gz"), parse_dialogue)
+        yield from read_rows(cfg, HH_URL, f"{subset}/{split}.jsonl.gz", parse_dialogue)
 
 def parse_post(row, tokenizer, limit):
     """A row of tldr_3_filtered as a query; None for an empty summary. A post that is too long is
@@ -333,8 +320,8 @@ def parse_post(row, tokenizer, limit):
 
 def read_tldr(cfg, split, tokenizer):
     """OpenAI's filtered posts and their summaries."""
-    path = fetch(cfg, TLDR_URL, f"datasets/tldr_3_filtered/{split}.jsonl")
-    return read_rows(path, parse_post, tokenizer, cfg.max_prompt_tokens)
+    name = f"datasets/tldr_3_filtered/{split}.jsonl"
+    return read_rows(cfg, TLDR_URL, name, parse_post, tokenizer, cfg.max_prompt_tokens)
 
 def read_toy(cfg, split, tokenizer):
     """Yields prompts of six words, some of them key words: a good summary lists each of these."""
@@ -362,9 +349,8 @@ TASKS = {
         prompts_per_refresh=64, save_every=50)),
     "tldr": Task(read_tldr, dict(
         data_dir="data/tldr", prior="cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr",
-        reward="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr", temperature=0.7,
-        max_response_tokens=53, max_comparison_tokens=169, sft_lr=3e-6, sft_batch=128,
-        device="cuda")),
+        reward="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr", device="cuda", sft_lr=3e-6,
+        sft_batch=128, temperature=0.7, max_response_tokens=53, max_comparison_tokens=169)),
     "hh": Task(read_hh, dict(data_dir="data/hh-rlhf", prior="lomahony/eleuther-pythia1b-hh-sft")),
     "jsonl": Task(read_jsonl, dict(data_dir="data"))}
 
@@ -409,8 +395,7 @@ def encode_after(tokenizer, text):
 
 def until_end(ids, ends):
     """Ids up to and with the first of the ends."""
-    first = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: first + 1]
+    return ids[: next((i for i, token in enumerate(ids, 1) if token in ends), None)]
 
 def encode_response(tokenizer, prompt, answer, ends, limit):
     """Ids of a given answer and its first end, the tokenizer's own if it has none, cut to limit."""
@@ -418,8 +403,7 @@ def encode_response(tokenizer, prompt, answer, ends, limit):
     return until_end([*ids, tokenizer.eos_token_id], ends)[:limit]
 
 def response_text(tokenizer, ids, ends, skip=True):
-    """What a response says, without its end and other special tokens: decoded behind an a, as alone
-    SentencePiece's would lose its first space."""
+    """What a response says before its end, decoded behind an a, or SentencePiece drops a space."""
     decode = partial(tokenizer.decode, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
     before = tokenizer("a", add_special_tokens=False).input_ids
     ids = [token for token in until_end(ids, ends) if token not in ends]
@@ -645,12 +629,11 @@ def users_code(path):
 
 def load_function(path):
     """The function `reward` of FILE.py, a module that may import its neighbours."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    module = module_from_spec(spec_from_file_location(path.stem, path))
     sys.modules.setdefault(path.stem, module)  # the processes that it starts look for it there
     sys.path.insert(0, str(path.parent))
     with users_code(path):
-        spec.loader.exec_module(module)
+        module.__spec__.loader.exec_module(module)
     reward = getattr(module, "reward", None)
     refuse_if(not callable(reward) or inspect.iscoroutinefunction(reward),
               f"{path} has no plain reward(prompts, responses, references)")
