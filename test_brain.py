@@ -2632,7 +2632,8 @@ def test_a_reward_is_the_number_that_was_returned(tmp_path):
     ids = [[[*tokenizer.encode(text), 0] for text in row] for row in texts]
     (rollout,) = brain.split_batches(run, [*zip(examples, ids, strict=True)])
     brain.judge(run, rollout)
-    assert rollout.figures["raw_reward"].tolist() == (1e8 + counts).tolist() and examples[1].prompt[0]
+    assert rollout.figures["raw_reward"].tolist() == (1e8 + counts).tolist()
+    assert examples[1].prompt[0]
     assert torch.get_default_dtype() is torch.float32 and torch.is_grad_enabled()
 
     zeros = torch.zeros(2, 3)
