@@ -44,7 +44,6 @@ import shutil
 import sys
 import time
 import traceback
-import unicodedata
 from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -413,12 +412,12 @@ def check_texts(tokenizer, examples):
     """Stop unless prompts and answers read back as they were given, but for their Unicode form, a
     leading space, and space beside special tokens (Phi-3's swallow it, old Llama files add one)."""
     special = "|".join(map(re.escape, tokenizer.get_added_vocab()))
+    normal = tokenizers.normalizers.NFKC().normalize_str
     for prompt, *answers in examples:
         for answer in (None, *answers):  # None is the prompt
             text = render(tokenizer, prompt, answer)
             read = response_text(tokenizer, encode_after(tokenizer, text), [], skip=False)
-            given, read = (re.sub(rf"^ |\s*({special})\s*", r"\1", unicodedata.normalize("NFKC", x))
-                           for x in (text, read))
+            given, read = (re.sub(rf"^ |\s*({special})\s*", r"\1", normal(x)) for x in (text, read))
             refuse_if(given != read, f"its tokenizer reads {given[:60]!r} back as {read[:60]!r}")
 
 # ---- Models, and one layout for all of them: one prompt, n branches -----------------------------
@@ -565,8 +564,7 @@ def refuse_other_forms(name):
 def load(run, kind, name, **new_head):
     """A model of a kind and its tokenizer, or Stop; with num_labels=1 its head is a new one."""
     torch.manual_seed(run.cfg.seed)  # decides the new head
-    place = "a folder" if Path(name).is_dir() else "no folder, so a name on the hub"
-    with explain(f"{name} ({place}) cannot be used"):
+    with explain(f"{name}, a folder or a name on the hub, cannot be used"):
         refuse_other_forms(name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = kind.from_pretrained(name, trust_remote_code=False, dtype=torch.float32,
@@ -592,9 +590,10 @@ def ready(run, model, tokenizer):
     return model.eval().requires_grad_(False).to(run.device)
 
 @torch.no_grad()
-def check_model(cfg, model, R):
+def check_model(cfg, model):
     """The start check: 8 scores and the run's n samples of a prompt against plain rows, or Stop."""
     P, text = cfg.max_prompt_tokens, model.config.get_text_config()
+    R = max(cfg.max_response_tokens, 0 if model.can_generate() else cfg.max_comparison_tokens)
     context = getattr(text, "max_position_embeddings", None) or P + R
 
     with explain(f"{model.config.model_type} {model.name_or_path} cannot run as branches here"):
@@ -660,7 +659,7 @@ def load_reward(run, source, prior):
     V, known = (m.get_input_embeddings().num_embeddings for m in (prior, model))
     refuse_if(ways[0] != ways[1] or V > known or not hasattr(model, "score"),
               f"{source} does not read the prior's tokens: ask it in a FILE.py (see README)")
-    check_model(run.cfg, model, run.cfg.max_response_tokens)
+    check_model(run.cfg, model)
     return partial(score_reward, freeze(model, run.dtype))
 
 # ---- A run: its folder, its one state file, its guards ------------------------------------------
@@ -1090,7 +1089,7 @@ def toy_model(run):
 def new_reward_model(run, source):
     """A fresh head of one number on a language model, checked at the length of stages 2 and 3."""
     model, _ = load(run, AutoModelForSequenceClassification, source, num_labels=1)
-    check_model(run.cfg, model, max(run.cfg.max_response_tokens, run.cfg.max_comparison_tokens))
+    check_model(run.cfg, model)
     return model
 
 def prepare(run):
@@ -1098,7 +1097,7 @@ def prepare(run):
     cfg, stage = run.cfg, run.state["stage"]
     source = cfg.prior or (cfg.base if stage == "sft" else f"{run.out}/prior")
     prior, run.tokenizer = load(run, AutoModelForCausalLM, source) if source else toy_model(run)
-    check_model(cfg, prior, cfg.max_response_tokens)
+    check_model(cfg, prior)
     ends = prior.generation_config.eos_token_id  # none, one or several
     ends = ends if isinstance(ends, list) else [ends]
     run.ends = sorted({run.tokenizer.eos_token_id, *ends} - {None})

@@ -954,7 +954,7 @@ def test_a_family_is_right_or_refused(family, changes, right):
     model, P, R = build_model(family, **changes), 23, 12
     refusal = pytest.raises(brain.Stop, match=rf"^{family}[^\n]*$")
     with contextlib.nullcontext() if right else refusal:
-        brain.check_model(brain.Config(max_prompt_tokens=P, samples_per_prompt=8), model, R)
+        brain.check_model(brain.Config(max_prompt_tokens=P, max_response_tokens=R), model)
     prompts = [draw_ids(P, 3), draw_ids(1, 4), draw_ids(9, 5)]
     if right:
         responses, log_q = brain.sample(model, prompts, 8, R, eos_id=[*range(50)])
@@ -968,11 +968,13 @@ def test_the_start_check_compares_with_plain_rows(name, monkeypatch):
     """Catches a start check that no number can fail, one that rounding fails, one of other lengths
     than the run's, of a single row of branches, of scores alone, or whose scores grow with n; and a
     context that is too short, which rotary models do not notice."""
-    model, P, R, shapes = build_model(reward=name == "score_reward"), 40, 12, []
-    cfg = brain.Config(max_prompt_tokens=P)
+    P, R, shapes, judge = 40, 12, [], name == "score_reward"
+    model = build_model(reward=judge)  # of references and comparisons, which may be longer
+    limits = dict(max_response_tokens=R - judge, max_comparison_tokens=R if judge else 256)
+    cfg = brain.Config(max_prompt_tokens=P, **limits)
     for n in (8, 512):
         with recorded("forward") as calls:
-            brain.check_model(replace(cfg, samples_per_prompt=n), model, R)
+            brain.check_model(replace(cfg, samples_per_prompt=n), model)
         fed = [[*args[3].shape] for args, _ in calls]
         assert fed.count([2, n]) == R * (name == "sequence_log_prob")  # samples, at the run's n
         shapes.append([shape for shape in fed if shape != [2, n]])
@@ -984,15 +986,15 @@ def test_the_start_check_compares_with_plain_rows(name, monkeypatch):
     for gap, outcome in (1e-4, contextlib.nullcontext()), (math.nan, stops()), (5e-3, stops()):
         monkeypatch.setattr(brain, name, lambda *args, gap=gap: real(*args) + gap)
         with outcome:
-            brain.check_model(cfg, model, R)
+            brain.check_model(cfg, model)
     monkeypatch.undo()
     if name == "sequence_log_prob":
         monkeypatch.setattr(brain, "sample", functools.partial(brain.sample, temperature=1.1))
         with stops():
-            brain.check_model(cfg, model, R)
+            brain.check_model(cfg, model)
     model.config.max_position_embeddings = P + R - 1
     with pytest.raises(brain.Stop, match="--max_"):
-        brain.check_model(cfg, model, R)
+        brain.check_model(cfg, model)
 
 # ---- The sampler: against a plain one, and against the exact softmax, cell by cell ---------------
 
@@ -1200,7 +1202,7 @@ def test_no_tensor_is_left_on_the_cpu(card_waits):
     run = fake_run(device="meta", tokenizer=tokenizer, task="toy", reward=judge,
                    max_prompt_tokens=6, max_response_tokens=2)
     for model in (policy, judge):
-        brain.check_model(run.cfg, model, 4)
+        brain.check_model(run.cfg, model)
     examples = [brain.Example("a b c"[:k]) for k in (1, 5, 3)]
     rows = brain.sample_rollouts(run, policy, examples, 2)
     (batches,) = brain.score_rollouts(run, policy, policy, rows, 3)
