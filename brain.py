@@ -223,8 +223,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         preset |= dict(prior=None, reward=None)
     parser.set_defaults(**preset)
     parser.add_argument("-h", "--help", action="help")
-    changes = "".join(f"    {name} = {value!r}\n" for name, value in preset.items())
-    parser.format_help = lambda: f"{inspect.getsource(Config)}\n{given.task}'s preset:\n{changes}"
+    parser.format_help = lambda: f"{inspect.getsource(Config)}\n{given.task}'s preset: {preset}\n"
     cfg = Config(**vars(parser.parse_args(argv)))
 
     for name, value in asdict(cfg).items():
@@ -233,8 +232,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         refuse_if(type(value) in (int, float) and not least <= value <= 1e9,
                   f"--{name} must be between {least} and 1e9, not {value}")
     refuse_if(cfg.base and cfg.prior, "--base is fine-tuned into the prior: give only one of them")
-    refuse_if(cfg.task != "toy" and not (cfg.base or cfg.prior or cfg.check),
-              "--base or --prior is needed")
+    refuse_if(cfg.task != "toy" and not (cfg.base or cfg.prior), "--base or --prior is needed")
     refuse_if(cfg.prompts_per_refresh % cfg.prompts_per_step,
               "--prompts_per_refresh must be a multiple of --prompts_per_step")
     refuse_if(cfg.divergence != "forward" and (cfg.target, cfg.baseline) != STANDARD,
@@ -574,20 +572,21 @@ def load(run, kind, name, **new_head):
         return ready(run, copy.deepcopy(model), tokenizer), tokenizer  # aligned: sums depend on it
 
 def ready(run, model, tokenizer):
-    """The model frozen, dropout off, its head in fp32, on its device; Stop for an unfit pair."""
+    """The model frozen, dropout off, its head in fp32, checked on its device, or Stop."""
     ids, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     refuse_if(not plain, "it has no tokenizer")
     refuse_if(len(tokenizer) > model.get_input_embeddings().num_embeddings, "it lacks embeddings")
     refuse_if(not model.can_generate() and model.config.num_labels != 1, "it has not one label")
-    head = getattr(model, "score", None) or model.get_output_embeddings()
-    if head:  # a decoder
-        refuse_if(tokenizer.eos_token is None, "it has no end-of-text token, eos")
-        refuse_if(ids[-len(plain) :] != plain, "its tokenizer puts a special token after a prompt")
-        head.forward = partial(exact_head, head.forward)
     for config in (model.config, model.config.get_text_config()):
         config.update(dict(return_dict=True, output_attentions=False, output_hidden_states=False,
                            output_router_logits=False))  # these change what a model returns
-    return model.eval().requires_grad_(False).to(run.device)
+    model.eval().requires_grad_(False).to(run.device)
+    if head := getattr(model, "score", None) or model.get_output_embeddings():  # a decoder
+        refuse_if(tokenizer.eos_token is None, "it has no end-of-text token, eos")
+        refuse_if(ids[-len(plain) :] != plain, "its tokenizer puts a special token after a prompt")
+        head.forward = partial(exact_head, head.forward)
+        check_model(run.cfg, model)
+    return model
 
 @torch.no_grad()
 def check_model(cfg, model):
@@ -596,7 +595,7 @@ def check_model(cfg, model):
     R = max(cfg.max_response_tokens, 0 if model.can_generate() else cfg.max_comparison_tokens)
     context = getattr(text, "max_position_embeddings", None) or P + R
 
-    with explain(f"{model.config.model_type} {model.name_or_path} cannot run as branches here"):
+    with explain(f"{model.config.model_type} models cannot run as branches here"):
         refuse_if(P + R > context, f"their context is {context}: lower --max_…_tokens below it")
         ids = torch.randint(text.vocab_size, (9, P + R), generator=make_generator("check")).tolist()
         prompts = [ids[0][:P], ids[0][: P // 8 + 1]]
@@ -659,7 +658,6 @@ def load_reward(run, source, prior):
     V, known = (m.get_input_embeddings().num_embeddings for m in (prior, model))
     refuse_if(ways[0] != ways[1] or V > known or not hasattr(model, "score"),
               f"{source} does not read the prior's tokens: ask it in a FILE.py (see README)")
-    check_model(run.cfg, model)
     return partial(score_reward, freeze(model, run.dtype))
 
 # ---- A run: its folder, its one state file, its guards ------------------------------------------
@@ -807,15 +805,15 @@ def judge(run, batch):
 def sample_rollouts(run, proposal, examples, n, *key):
     """3.1 Sample n responses to each example, with a generator each, of this key: as rows."""
     cfg, rows = run.cfg, []
-    generators = [make_generator(cfg.seed, *key, i) for i in range(len(examples))]
-    prompts = [encode_prompt(run.tokenizer, example.prompt) for example in examples]
     size = 8 * cfg.micro_batch_tokens // (cfg.max_prompt_tokens + n * cfg.max_response_tokens) or 1
-    for first in range(0, len(prompts), size):  # more than in training: it keeps no activations
-        part = slice(first, first + size)
+    for first in range(0, len(examples), size):  # more than in training: it keeps no activations
+        part = examples[first : first + size]
+        prompts = [encode_prompt(run.tokenizer, example.prompt) for example in part]
+        generators = [make_generator(cfg.seed, *key, first + i) for i in range(len(part))]
         with run.autocast():
-            drawn = sample(proposal, prompts[part], n, cfg.max_response_tokens, eos_id=run.ends,
-                           temperature=cfg.temperature, generator=generators[part])
-        rows += zip(examples[part], *drawn, strict=True)
+            drawn = sample(proposal, prompts, n, cfg.max_response_tokens, eos_id=run.ends,
+                           temperature=cfg.temperature, generator=generators)
+        rows += zip(part, *drawn, strict=True)
     return rows
 
 def score_rollouts(run, prior, proposal, rows, step_size):
@@ -1025,9 +1023,8 @@ def evaluate(run, models, examples):
 def report(run, result, figures, samples):
     """report.md, samples.jsonl and result.json; report and result are printed, too."""
     usual = asdict(Config()) | TASKS[run.cfg.task].preset
-    flags = [f"--{key} {value}" for key, value in asdict(run.cfg).items()
-             if key not in FREE and value not in (None, usual[key])]
-    lines = [f"# BRAIn on {run.cfg.task}\n", f"Flags beside the task's own: `{' '.join(flags)}`\n",
+    flags = dict(sorted(asdict(run.cfg).items() - usual.items()))  # that differ from the task's
+    lines = [f"# BRAIn on {run.cfg.task}\n", f"Flags beside the task's own: `{flags}`\n",
              "Means over held-out prompts ± standard errors; samples.jsonl has the samples:\n",
              "| | " + " | ".join(figures) + " |", "|---" * (1 + len(figures)) + "|"]
     for key in figures["policy"]:  # which has all
@@ -1086,25 +1083,18 @@ def toy_model(run):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
     return ready(run, AutoModelForCausalLM.from_config(shape), tokenizer), tokenizer
 
-def new_reward_model(run, source):
-    """A fresh head of one number on a language model, checked at the length of stages 2 and 3."""
-    model, _ = load(run, AutoModelForSequenceClassification, source, num_labels=1)
-    check_model(run.cfg, model)
-    return model
-
 def prepare(run):
     """Prior and data, all read and found good before anything is written to the run's folder."""
     cfg, stage = run.cfg, run.state["stage"]
     source = cfg.prior or (cfg.base if stage == "sft" else f"{run.out}/prior")
     prior, run.tokenizer = load(run, AutoModelForCausalLM, source) if source else toy_model(run)
-    check_model(cfg, prior)
     ends = prior.generation_config.eos_token_id  # none, one or several
     ends = ends if isinstance(ends, list) else [ends]
     run.ends = sorted({run.tokenizer.eos_token_id, *ends} - {None})
     if cfg.reward or stage == "brain":
         run.reward = load_reward(run, cfg.reward or f"{run.out}/reward", prior)
     elif source:  # stage 2 will need one
-        new_reward_model(run, source)
+        load(run, AutoModelForSequenceClassification, source, num_labels=1)
 
     train, test = (load_task(cfg, split, run.tokenizer) for split in ("train", "test"))
     for flag, column in ("prior", "reference"), ("reward", "chosen"):
@@ -1129,7 +1119,8 @@ def execute(run):
                        cfg.max_response_tokens, cfg.sft_batch, cfg.sft_epochs, cfg.sft_lr)
         run.export(prior, "prior")
     if not run.reward:  # stage 2
-        reward = new_reward_model(run, cfg.prior or f"{run.out}/prior")
+        source = cfg.prior or f"{run.out}/prior"
+        reward, _ = load(run, AutoModelForSequenceClassification, source, num_labels=1)
         train_on_texts(run, "reward", reward, preference_loss, (train, test),
                        ("chosen", "rejected"), cfg.max_comparison_tokens, cfg.reward_batch,
                        cfg.reward_epochs, cfg.reward_lr)

@@ -2507,7 +2507,7 @@ EACH = {  # a command that ends in a name on the shelf: such names, and what mus
     PRIOR + DATA + " --reward={root}/": {
         "prior": "/prior", "adapter": "/adapter.*merge", "labels": "/labels.*label",
         "llama": r"/llama.*FILE\.py", "other_eos": r"FILE\.py", "fewer": r"FILE\.py",
-        "bert": r"FILE\.py", "window": "gpt_neo.*/window", "none/json.py": r"none/json\.py"} | {
+        "bert": r"FILE\.py", "window": "/window.*gpt_neo", "none/json.py": r"none/json\.py"} | {
         f"code/{name}.py": rf"/{name}\.py.*{told}" for name, (_, told) in (CODE | VALUES).items()}}
 BAD_INPUTS = COMMANDS | {
     f"{flags.split()[-1].partition('=')[0]}={name}": (flags + name, told)
