@@ -310,9 +310,8 @@ def parse_post(row, tokenizer, limit):
     head = f"SUBREDDIT: r/{text_at(row, 'subreddit')}\n\nTITLE: {text_at(row, 'title')}\n\nPOST: "
     post, summary = text_at(row, "post"), text_at(row, "summary").strip()
     while post and (over := len(tokenizer(head + post + TLDR).input_ids) - limit) > 0:
-        end = len(post) - math.ceil(over / 4)  # as a character is 4 tokens at most, it may go, too
-        newline = post.rfind("\n", 0, end + 1)
-        post = post[: end if newline < 0 else newline]
+        post = post[: len(post) + 1 - math.ceil(over / 4)]  # a character is 4 tokens at most
+        post = post[: post.rfind("\n")]  # its last character, if there is no newline: −1
     return Example(head + post + TLDR, f" {summary}") if summary else None
 
 def read_tldr(cfg, split, tokenizer):
