@@ -1013,10 +1013,9 @@ def evaluate(run, models, examples):
                            for key in batches[0].figures}
         rewards[author] = torch.tensor([row["rewards"] for row in samples[-B:]], dtype=torch.double)
 
-    for author, other in ("policy", "prior"), ("policy", "reference"), ("prior", "reference"):
-        if other in rewards:
-            gaps = rewards[author][:, :, None] - rewards[other][:, None]  # (B, m, m′); 0 is half
-            figures[author][f"win_rate_vs_{other}"] = mean_se((1 + gaps.sign()).flatten(1) / 2)
+    for author, other in itertools.combinations(sorted(rewards), 2):  # policy, prior, reference
+        gaps = rewards[author][:, :, None] - rewards[other][:, None]  # (B, m, m′); 0 is half
+        figures[author][f"win_rate_vs_{other}"] = mean_se((1 + gaps.sign()).flatten(1) / 2)
     return figures, samples
 
 def report(run, result, figures, samples):
