@@ -818,14 +818,14 @@ def sample_rollouts(run, proposal, examples, n, *key):
 def score_rollouts(run, prior, proposal, rows, step_size):
     """3.2 Score the samples, in the micro-batches and the autocast of 3.3, a list for each step:
     rewards, log p and log q′, so that log q_θ − log q′ begins at exactly 0. Stop, if log q′ is not
-    the sampler's own, up to rounding. Given answers, which have none, get a reward alone."""
+    the sampler's own, up to rounding. What was not sampled has none, and p's score if asked."""
     steps = [split_batches(run, rows[i : i + step_size]) for i in range(0, len(rows), step_size)]
     for batch in itertools.chain(*steps):
         judge(run, batch)
-        if batch.log_sampled is None:  # given answers
-            continue
         with torch.no_grad():
-            batch.log_prior = log_prob(run, prior, batch)
+            batch.log_prior = prior and log_prob(run, prior, batch)
+            if batch.log_sampled is None:  # given answers, or all of Y
+                continue
             batch.log_proposal = log_prob(run, proposal, batch)
         batch.figures["kl_to_prior"] = batch.log_proposal - batch.log_prior  # of who sampled
 
@@ -974,11 +974,8 @@ def enumerate_posterior(run, prior, examples):
     if run.cfg.task != "toy" or V**R > 50_000:
         return []
     space = sorted({until_end(y, run.ends) for y in itertools.product(range(V), repeat=R)})
-    listed = split_batches(run, [(example, [*map(list, space)]) for example in examples])
-    for batch in listed:
-        judge(run, batch)
-        batch.log_prior = log_prob(run, prior, batch)
-    return listed
+    rows = [(example, [*map(list, space)]) for example in examples]
+    return score_rollouts(run, prior, None, rows, len(rows))[0]
 
 @torch.no_grad()
 def exact_kl(run, model, listed):
@@ -1001,7 +998,7 @@ def evaluate(run, models, examples):
         if len(rows) < B:  # not all have a reference
             continue
 
-        batches, = score_rollouts(run, models["prior"], model, rows, B)
+        batches, = score_rollouts(run, model and models["prior"], model, rows, B)
         for batch in batches:
             scored = zip(batch.examples, batch.responses, batch.reward.tolist(), strict=True)
             for example, ys, worth in scored:
