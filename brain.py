@@ -1123,8 +1123,7 @@ def execute(run):
         run.reward = partial(score_reward, freeze(reward, run.dtype))
 
     torch.backends.cuda.matmul.allow_tf32 = True  # fp32 heads: 10 bits of mantissa, bf16 has 7
-    freeze(prior, run.dtype)  # stage 3: the policy starts from the rounded matrices
-    policy = copy.deepcopy(prior).float()
+    policy = copy.deepcopy(freeze(prior, run.dtype)).float()  # stage 3: from rounded matrices
     held_out = take(test, 0, min(cfg.eval_prompts, len(test)), cfg.seed, "eval")
     listed = enumerate_posterior(run, prior, held_out[:8])
     train_policy(run, prior, policy, train, listed)
