@@ -1098,9 +1098,8 @@ def prepare(run):
     with explain(source or cfg.task):
         check_texts(run.tokenizer, train[:16] + test[:16])
     if run.reward:
-        start = encode_prompt(run.tokenizer, train[0].prompt)[:8]
-        with explain("the reward was tried on two responses, both the start of a prompt"):
-            judge(run, *split_batches(run, [(train[0], [start, start])]))
+        with explain("the reward was tried on two responses, 'a' and 'a'"):
+            judge(run, *split_batches(run, [(train[0], [run.tokenizer("a").input_ids] * 2)]))
     run.begin(prior.num_parameters())
     print(cfg)
     return prior, train, test
