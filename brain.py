@@ -194,8 +194,7 @@ def out_of_memory(error):
 def one_line(error):
     """What an error says, in one line."""
     if out_of_memory(error):
-        return ("out of memory: lower --micro_batch_tokens, or, as a pass takes a whole prompt, "
-                "--samples_per_prompt and --max_response_tokens")
+        return "out of memory: lower --micro_batch_tokens, --samples_per_prompt or --max_…_tokens"
     said = " ".join(str(error).split())[:300]
     return said if isinstance(error, Stop | OSError) else f"{type(error).__name__}: {said}"
 
