@@ -1039,7 +1039,7 @@ def derivation_checks() -> list[Check]:
     """The loss has the gradient of the equations, which are of exp, log and sums; in float64."""
     drawn = torch.randn(4, 3, 5, dtype=torch.float64, generator=make_generator("checks"))
     (q, p, q1, r), kl_coef, n = drawn, 0.7, 5
-    q2, p2, _, r2 = drawn[..., :2]  # two samples, for DPO
+    q2, p2, _, r2 = drawn[..., :2]  # two samples of the prior, for DPO
     ratio, w = (q - q1).exp(), r - kl_coef * (q - p)  # exp(ρ) = q_θ/q′; PPO's reward with its KL
     alpha = F.normalize((p + r / kl_coef - q1).exp(), 1, -1)  # divided by the sum over n
     beta = F.normalize(ratio, 1, -1)
@@ -1049,8 +1049,7 @@ def derivation_checks() -> list[Check]:
         ("baseline", "none", "−Σ α̂ ∇log q_θ: DPG", -alpha),
         ("baseline", "unnormalized", "−Σ (α̂ − exp(ρ)/n) ∇log q_θ: GDC++", ratio / n - alpha),
         ("baseline", "self_normalized", "−Σ (α̂ − β̂) ∇log q_θ: BRAIn", beta - alpha),
-        ("target", "argmax", "of two samples of the prior: that of −log σ(Δ log(q_θ/p)), DPO-sft",
-         -sign / (1 + margin.exp())),
+        ("target", "argmax", "that of −log σ(Δ log(q_θ/p)): DPO-sft's", -sign / (1 + margin.exp())),
         ("divergence", "reverse", "−Σ β̂ (w − Σ β̂w) ∇log q_θ / kl_coef: PPO's, on-policy RLOO's",
          -beta * (w - (beta * w).sum(-1, keepdim=True)) / kl_coef),
         ("divergence", "log_variance", "−Σ (w − w̄)/(n − 1) ∇log q_θ / kl_coef: RLOO's",
