@@ -43,7 +43,6 @@ import re
 import shutil
 import sys
 import time
-import traceback
 from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -207,9 +206,8 @@ def explain(what, kind=Stop):
     except (Exception, SystemExit) as error:
         if out_of_memory(error):
             raise
-        places = [f"{what}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
-                  if frame.filename == str(what)]
-        raise kind(f"{[what, *places][-1]}: {one_line(error)}") from error
+        lines = {frame.filename: f":{frame.lineno}" for frame in inspect.trace(0)}  # the innermost
+        raise kind(f"{what}{lines.get(str(what), '')}: {one_line(error)}") from error
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """The resolved configuration of a command line; Stop before anything is loaded."""
