@@ -412,7 +412,7 @@ def check_texts(tokenizer, examples):
             text = render(tokenizer, prompt, answer)
             read = response_text(tokenizer, encode_after(tokenizer, text), [], skip=False)
             given, read = (re.sub(rf"^ |\s*({special})\s*", r"\1", normal(x)) for x in (text, read))
-            refuse_if(given != read, f"its tokenizer reads {given[:60]!r} back as {read[:60]!r}")
+            refuse_if(given != read, f"the prior's tokenizer reads {given[:60]!r} as {read[:60]!r}")
 
 # ---- Models, and one layout for all of them: one prompt, n branches -----------------------------
 # The n responses to a prompt are its branches. Its keys and values are computed once, into a cache;
@@ -1091,8 +1091,7 @@ def prepare(run):
     for flag, column in ("prior", "reference"), ("reward", "chosen"):
         refuse_if(not getattr(cfg, flag) and all(getattr(row, column) is None for row in train),
                   f"train has no row with a {column} text; add some, or give --{flag}")
-    with explain(source or cfg.task):
-        check_texts(run.tokenizer, train[:16] + test[:16])
+    check_texts(run.tokenizer, train[:16] + test[:16])
     if run.reward:
         with explain("the reward was tried on two responses, 'a' and 'a'"):
             judge(run, *split_batches(run, [(train[0], [run.tokenizer("a").input_ids] * 2)]))
