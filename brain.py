@@ -43,7 +43,6 @@ import re
 import shutil
 import sys
 import time
-import traceback
 from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -194,8 +193,7 @@ def out_of_memory(error):
 def one_line(error):
     """What an error says, in one line."""
     if out_of_memory(error):
-        return ("out of memory: lower --micro_batch_tokens, or, as a pass takes a whole prompt, "
-                "--samples_per_prompt and --max_response_tokens")
+        return "out of memory: lower --micro_batch_tokens, --samples_per_prompt or --max_…_tokens"
     said = " ".join(str(error).split())[:300]
     return said if isinstance(error, Stop | OSError) else f"{type(error).__name__}: {said}"
 
@@ -208,9 +206,8 @@ def explain(what, kind=Stop):
     except (Exception, SystemExit) as error:
         if out_of_memory(error):
             raise
-        places = [f"{what}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
-                  if frame.filename == str(what)]
-        raise kind(f"{[what, *places][-1]}: {one_line(error)}") from error
+        lines = {frame.filename: f":{frame.lineno}" for frame in inspect.trace(0)}  # the innermost
+        raise kind(f"{what}{lines.get(str(what), '')}: {one_line(error)}") from error
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """The resolved configuration of a command line; Stop before anything is loaded."""
@@ -310,9 +307,8 @@ def parse_post(row, tokenizer, limit):
     head = f"SUBREDDIT: r/{text_at(row, 'subreddit')}\n\nTITLE: {text_at(row, 'title')}\n\nPOST: "
     post, summary = text_at(row, "post"), text_at(row, "summary").strip()
     while post and (over := len(tokenizer(head + post + TLDR).input_ids) - limit) > 0:
-        end = len(post) - math.ceil(over / 4)  # as a character is 4 tokens at most, it may go, too
-        newline = post.rfind("\n", 0, end + 1)
-        post = post[: end if newline < 0 else newline]
+        post = post[: len(post) + 1 - math.ceil(over / 4)]  # a character is 4 tokens at most
+        post = post[: post.rfind("\n")]  # its last character, if there is no newline: −1
     return Example(head + post + TLDR, f" {summary}") if summary else None
 
 def read_tldr(cfg, split, tokenizer):
@@ -416,7 +412,7 @@ def check_texts(tokenizer, examples):
             text = render(tokenizer, prompt, answer)
             read = response_text(tokenizer, encode_after(tokenizer, text), [], skip=False)
             given, read = (re.sub(rf"^ |\s*({special})\s*", r"\1", normal(x)) for x in (text, read))
-            refuse_if(given != read, f"its tokenizer reads {given[:60]!r} back as {read[:60]!r}")
+            refuse_if(given != read, f"the prior's tokenizer reads {given[:60]!r} as {read[:60]!r}")
 
 # ---- Models, and one layout for all of them: one prompt, n branches -----------------------------
 # The n responses to a prompt are its branches. Its keys and values are computed once, into a cache;
@@ -819,14 +815,14 @@ def sample_rollouts(run, proposal, examples, n, *key):
 def score_rollouts(run, prior, proposal, rows, step_size):
     """3.2 Score the samples, in the micro-batches and the autocast of 3.3, a list for each step:
     rewards, log p and log q′, so that log q_θ − log q′ begins at exactly 0. Stop, if log q′ is not
-    the sampler's own, up to rounding. Given answers, which have none, get a reward alone."""
+    the sampler's own, up to rounding. What was not sampled has none, and p's score if asked."""
     steps = [split_batches(run, rows[i : i + step_size]) for i in range(0, len(rows), step_size)]
     for batch in itertools.chain(*steps):
         judge(run, batch)
-        if batch.log_sampled is None:  # given answers
-            continue
         with torch.no_grad():
-            batch.log_prior = log_prob(run, prior, batch)
+            batch.log_prior = prior and log_prob(run, prior, batch)
+            if batch.log_sampled is None:  # given answers, or all of Y
+                continue
             batch.log_proposal = log_prob(run, proposal, batch)
         batch.figures["kl_to_prior"] = batch.log_proposal - batch.log_prior  # of who sampled
 
@@ -975,11 +971,8 @@ def enumerate_posterior(run, prior, examples):
     if run.cfg.task != "toy" or V**R > 50_000:
         return []
     space = sorted({until_end(y, run.ends) for y in itertools.product(range(V), repeat=R)})
-    listed = split_batches(run, [(example, [*map(list, space)]) for example in examples])
-    for batch in listed:
-        judge(run, batch)
-        batch.log_prior = log_prob(run, prior, batch)
-    return listed
+    rows = [(example, [*map(list, space)]) for example in examples]
+    return score_rollouts(run, prior, None, rows, len(rows))[0]
 
 @torch.no_grad()
 def exact_kl(run, model, listed):
@@ -1002,7 +995,7 @@ def evaluate(run, models, examples):
         if len(rows) < B:  # not all have a reference
             continue
 
-        batches, = score_rollouts(run, models["prior"], model, rows, B)
+        batches, = score_rollouts(run, model and models["prior"], model, rows, B)
         for batch in batches:
             scored = zip(batch.examples, batch.responses, batch.reward.tolist(), strict=True)
             for example, ys, worth in scored:
@@ -1014,10 +1007,9 @@ def evaluate(run, models, examples):
                            for key in batches[0].figures}
         rewards[author] = torch.tensor([row["rewards"] for row in samples[-B:]], dtype=torch.double)
 
-    for author, other in ("policy", "prior"), ("policy", "reference"), ("prior", "reference"):
-        if other in rewards:
-            gaps = rewards[author][:, :, None] - rewards[other][:, None]  # (B, m, m′); 0 is half
-            figures[author][f"win_rate_vs_{other}"] = mean_se((1 + gaps.sign()).flatten(1) / 2)
+    for author, other in itertools.combinations(sorted(rewards), 2):  # policy, prior, reference
+        gaps = rewards[author][:, :, None] - rewards[other][:, None]  # (B, m, m′); 0 is half
+        figures[author][f"win_rate_vs_{other}"] = mean_se((1 + gaps.sign()).flatten(1) / 2)
     return figures, samples
 
 def report(run, result, figures, samples):
@@ -1045,7 +1037,7 @@ def derivation_checks() -> list[Check]:
     """The loss has the gradient of the equations, which are of exp, log and sums; in float64."""
     drawn = torch.randn(4, 3, 5, dtype=torch.float64, generator=make_generator("checks"))
     (q, p, q1, r), kl_coef, n = drawn, 0.7, 5
-    q2, p2, _, r2 = drawn[..., :2]  # two samples, for DPO
+    q2, p2, _, r2 = drawn[..., :2]  # two samples of the prior, for DPO
     ratio, w = (q - q1).exp(), r - kl_coef * (q - p)  # exp(ρ) = q_θ/q′; PPO's reward with its KL
     alpha = F.normalize((p + r / kl_coef - q1).exp(), 1, -1)  # divided by the sum over n
     beta = F.normalize(ratio, 1, -1)
@@ -1055,8 +1047,7 @@ def derivation_checks() -> list[Check]:
         ("baseline", "none", "−Σ α̂ ∇log q_θ: DPG", -alpha),
         ("baseline", "unnormalized", "−Σ (α̂ − exp(ρ)/n) ∇log q_θ: GDC++", ratio / n - alpha),
         ("baseline", "self_normalized", "−Σ (α̂ − β̂) ∇log q_θ: BRAIn", beta - alpha),
-        ("target", "argmax", "of two samples of the prior: that of −log σ(Δ log(q_θ/p)), DPO-sft",
-         -sign / (1 + margin.exp())),
+        ("target", "argmax", "that of −log σ(Δ log(q_θ/p)): DPO-sft's", -sign / (1 + margin.exp())),
         ("divergence", "reverse", "−Σ β̂ (w − Σ β̂w) ∇log q_θ / kl_coef: PPO's, on-policy RLOO's",
          -beta * (w - (beta * w).sum(-1, keepdim=True)) / kl_coef),
         ("divergence", "log_variance", "−Σ (w − w̄)/(n − 1) ∇log q_θ / kl_coef: RLOO's",
@@ -1100,12 +1091,10 @@ def prepare(run):
     for flag, column in ("prior", "reference"), ("reward", "chosen"):
         refuse_if(not getattr(cfg, flag) and all(getattr(row, column) is None for row in train),
                   f"train has no row with a {column} text; add some, or give --{flag}")
-    with explain(source or cfg.task):
-        check_texts(run.tokenizer, train[:16] + test[:16])
+    check_texts(run.tokenizer, train[:16] + test[:16])
     if run.reward:
-        start = encode_prompt(run.tokenizer, train[0].prompt)[:8]
-        with explain("the reward was tried on two responses, both the start of a prompt"):
-            judge(run, *split_batches(run, [(train[0], [start, start])]))
+        with explain("the reward was tried on two responses, 'a' and 'a'"):
+            judge(run, *split_batches(run, [(train[0], [run.tokenizer("a").input_ids] * 2)]))
     run.begin(prior.num_parameters())
     print(cfg)
     return prior, train, test
@@ -1128,8 +1117,7 @@ def execute(run):
         run.reward = partial(score_reward, freeze(reward, run.dtype))
 
     torch.backends.cuda.matmul.allow_tf32 = True  # fp32 heads: 10 bits of mantissa, bf16 has 7
-    freeze(prior, run.dtype)  # stage 3: the policy starts from the rounded matrices
-    policy = copy.deepcopy(prior).float()
+    policy = copy.deepcopy(freeze(prior, run.dtype)).float()  # stage 3: from rounded matrices
     held_out = take(test, 0, min(cfg.eval_prompts, len(test)), cfg.seed, "eval")
     listed = enumerate_posterior(run, prior, held_out[:8])
     train_policy(run, prior, policy, train, listed)
