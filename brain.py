@@ -617,13 +617,10 @@ def check_model(cfg, model):
 @contextlib.contextmanager
 def users_code(path):
     """Runs the code of FILE.py: what it does to torch's defaults ends with it."""
-    dtype = torch.get_default_dtype()
-    try:
-        with torch.no_grad(), explain(path):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_default_device(None)
+    with torch.no_grad(), explain(path), contextlib.ExitStack() as after:
+        after.callback(torch.set_default_dtype, torch.get_default_dtype())
+        after.callback(torch.set_default_device, None)
+        yield
 
 def load_function(path):
     """The function `reward` of FILE.py, a module that may import its neighbours."""
