@@ -588,7 +588,6 @@ def ready(run, model, tokenizer):
         check_model(run.cfg, model)
     return model
 
-@torch.no_grad()
 def check_model(cfg, model):
     """The start check: 8 scores and the run's n samples of a prompt against plain rows, or Stop."""
     P, text = cfg.max_prompt_tokens, model.config.get_text_config()
