@@ -521,12 +521,11 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
     ends, own = torch.tensor(eos_id, device=ids.device), torch.eye(n, device=ids.device).bool()
     tokens, log_q, alive = [], 0, ids >= 0  # (B, n, 1): all are, as yet
 
-    for step in range(max_new_tokens):
+    for step, u in enumerate(uniform.split(1, -1)):  # u (B, n, 1)
         output = forward(model, cache, mask, ids.flatten(1), own.repeat(1, step + 1))
         log_p = (output.logits.float() / temperature).log_softmax(-1)  # (B, n, V), fp32
-        cdf = log_p.double().exp().cumsum(-1)  # (B, n, V), fp64
-        ids = torch.searchsorted(cdf, uniform[..., step, None] * cdf[..., -1:], right=True)
-        ids = ids.clamp(max=cdf.shape[-1] - 1)  # (B, n, 1); u·total may round up to the total
+        cdf = log_p.double().exp().cumsum(-1)  # (B, n, V), fp64; u·total may round up to the total
+        ids = torch.searchsorted(cdf, u * cdf[..., -1:], right=True).clamp(max=cdf.shape[-1] - 1)
         log_q += log_p.gather(-1, ids).where(alive, 0)
         tokens.append(ids.where(alive, -1))  # −1 after the end
         alive &= ~torch.isin(ids, ends)
