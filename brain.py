@@ -464,18 +464,17 @@ def forward(model, cache, prompt_mask, tokens, branch_mask):
     return model(tokens.clamp(min=0), attention_mask=mask[:, None], use_cache=True,
                  position_ids=seen.sum(-1) - 1, past_key_values=cache)
 
-def prefill(model, batch, cache):
-    """Fill a cache with the prompts, with gradients; returns the prompts' mask (B, P)."""
-    mask = batch.prompt >= 0  # (B, P)
-    earlier = mask.new_ones(mask.shape[1:] * 2).tril()  # (P, P)
-    forward(model.base_model, cache, mask[:, :0], batch.prompt, earlier)
+def prefill(model, prompt, cache):
+    """Fill a cache with the prompts (B, P), with gradients; returns the prompts' mask (B, P)."""
+    mask = prompt >= 0
+    forward(model.base_model, cache, mask[:, :0], prompt, mask.new_ones(mask.shape[1:] * 2).tril())
     return mask
 
 def forward_branches(model, batch, tokens):
     """The model's output for branches (B, n, T), with gradients; 4 to a row is the fastest."""
     n, T = tokens.shape[1:]
     g, cache = math.gcd(n, 4), transformers.DynamicCache()
-    mask = prefill(model, batch, cache).repeat_interleave(n // g, 0)  # (B·n/g, P)
+    mask = prefill(model, batch.prompt, cache).repeat_interleave(n // g, 0)  # (B·n/g, P)
     cache.batch_repeat_interleave(n // g)
     own = torch.block_diag(*[mask.new_ones(T, T).tril()] * g)  # (gT, gT)
     return forward(model, cache, mask, tokens.reshape(-1, g * T), own)
@@ -517,7 +516,7 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
     batch = pack(prompts, [[[]] * n for _ in prompts], model.device)
     columns = batch.prompt.shape[1] + n * max_new_tokens
     cache = transformers.Cache(layer_class_to_replicate=partial(Columns, columns))
-    mask, ids = prefill(model, batch, cache), batch.branch  # (B, P); the last ones, (B, n, 1)
+    mask, ids = prefill(model, batch.prompt, cache), batch.branch  # (B, P); last ids, (B, n, 1)
     ends, own = torch.tensor(eos_id, device=ids.device), torch.eye(n, device=ids.device).bool()
     tokens, log_q, alive = [], 0, ids >= 0  # (B, n, 1): all are, as yet
 
