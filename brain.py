@@ -482,10 +482,9 @@ def forward_branches(model, batch, tokens):
 def sequence_log_prob(model, batch: Batch, temperature: float = 1.0) -> Tensor:
     """log q(y|x) of each response, (B, n), in nats, fp32, differentiable."""
     target = batch.branch[..., 1:]  # (B, n, R)
-    logits = forward_branches(model, batch, batch.branch[..., :-1]).logits.float()
-    nats = F.cross_entropy(logits.flatten(0, 1) / temperature, target.flatten(),
-                           ignore_index=-1, reduction="none")  # (B·n·R,), 0 on padding
-    return -nats.view(target.shape).sum(-1)
+    logits = forward_branches(model, batch, batch.branch[..., :-1]).logits.flatten(0, 1).float()
+    nats = F.cross_entropy(logits / temperature, target.ravel(), ignore_index=-1, reduction="none")
+    return -nats.view(target.shape).sum(-1)  # nats (B·n·R,) are 0 on padding
 
 def score_reward(reward_model, batch: Batch) -> Tensor:
     """The raw reward of each response, (B, n), fp32, read at its last token; differentiable."""
