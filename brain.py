@@ -401,10 +401,10 @@ def encode_response(tokenizer, prompt, answer, ends, limit):
 
 def response_text(tokenizer, ids, ends, skip=True):
     """What a response says before its end, decoded behind an a, or SentencePiece drops a space."""
-    decode = partial(tokenizer.decode, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
     before = tokenizer("a", add_special_tokens=False).input_ids
-    ids = [token for token in until_end(ids, ends) if token not in ends]
-    return decode(before + ids).removeprefix(decode(before))
+    whole = before + [token for token in until_end(ids, ends) if token not in ends]
+    texts = tokenizer.decode([whole, before], skip, clean_up_tokenization_spaces=False)
+    return str.removeprefix(*texts)
 
 def check_texts(tokenizer, examples):
     """Stop unless prompts and answers read back as they were given, but for their Unicode form, a
