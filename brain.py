@@ -402,9 +402,8 @@ def encode_response(tokenizer, prompt, answer, ends, limit):
 def response_text(tokenizer, ids, ends, skip=True):
     """What a response says before its end, decoded behind an a, or SentencePiece drops a space."""
     before = tokenizer("a", add_special_tokens=False).input_ids
-    whole = before + [token for token in until_end(ids, ends) if token not in ends]
-    texts = tokenizer.decode([whole, before], skip, clean_up_tokenization_spaces=False)
-    return str.removeprefix(*texts)
+    both = [before + [token for token in until_end(ids, ends) if token not in ends], before]
+    return str.removeprefix(*tokenizer.decode(both, skip, clean_up_tokenization_spaces=False))
 
 def check_texts(tokenizer, examples):
     """Stop unless prompts and answers read back as they were given, but for their Unicode form, a
