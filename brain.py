@@ -497,10 +497,9 @@ class Columns(transformers.StaticLayer):
     filled = 0
 
     def update(self, keys, values, *args, **kwargs):
-        """Writes the next columns, and returns those that are filled."""
+        """Writes columns (autocast leaves some keys in fp32); returns all that are filled."""
         self.filled += keys.shape[2]
-        kept = super().update(keys.to(values.dtype), values)  # autocast leaves some keys in fp32
-        return [x[:, :, : self.filled] for x in kept]
+        return [x[:, :, : self.filled] for x in super().update(keys.to(values.dtype), values)]
 
 @torch.no_grad()
 def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: float = 1.0,
