@@ -383,8 +383,7 @@ def encode_prompt(tokenizer, prompt):
     return tokenizer(render(tokenizer, prompt).removeprefix(first)).input_ids
 
 def encode_after(tokenizer, text):
-    """Ids of a text that continues another: behind a prefix that does not merge with it, whose ids
-    are dropped. Alone, SentencePiece (Llama 2, Mistral) would put a space before it."""
+    """Ids of a text, less those of a prefix: alone, SentencePiece would put a space before it."""
     for prefix in ("\n", "a", ""):
         ids, known = tokenizer([prefix + text, prefix], add_special_tokens=False).input_ids
         if ids[: len(known)] == known:
@@ -454,8 +453,7 @@ def pack(prompts, responses, device="cpu") -> Batch:
     return Batch(prompt.to(device), branch, (branch >= 0).sum(-1) - 1, prompts, responses)
 
 def forward(model, cache, prompt_mask, tokens, branch_mask):
-    """The model's output for tokens (rows, T), padding included. They see the prompt where its
-    mask (rows, P) allows, and of the rest what the branches' mask (T, T′) allows, no padding."""
+    """The output for tokens (rows, T), padding too; masks (rows, P), (T, T′) say what they see."""
     rows, T = tokens.shape
     seen = torch.cat([prompt_mask[:, None].expand(-1, T, -1), branch_mask.expand(rows, -1, -1)], -1)
     # Eager attention adds the mask to its scores; the least bf16 is finite in fp32, too.
@@ -492,8 +490,8 @@ def score_reward(reward_model, batch: Batch) -> Tensor:
     return score.gather(-1, batch.length[..., None])[..., 0]
 
 class Columns(transformers.StaticLayer):
-    """A layer's keys and values in tensors that stay where they are, (B, heads, P + n·R, d): first
-    the prompt's, then those of the branches, a token of each at a time. Nothing is copied."""
+    """A layer's keys and values, (B, heads, P + n·R, d), in place: the prompt's, then a token of
+    each branch at a time."""
     filled = 0
 
     def update(self, keys, values, *args, **kwargs):
