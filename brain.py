@@ -481,12 +481,12 @@ def sequence_log_prob(model, batch: Batch, temperature: float = 1.0) -> Tensor:
     target = batch.branch[..., 1:]  # (B, n, R)
     logits = forward_branches(model, batch, batch.branch[..., :-1]).logits.flatten(0, 1).float()
     nats = F.cross_entropy(logits / temperature, target.ravel(), ignore_index=-1, reduction="none")
-    return -nats.view(target.shape).sum(-1)  # nats (B·n·R,) are 0 on padding
+    return -nats.view_as(target).sum(-1)  # nats (B·n·R,) are 0 on padding
 
 def score_reward(reward_model, batch: Batch) -> Tensor:
     """The raw reward of each response, (B, n), fp32, read at its last token; differentiable."""
     hidden = forward_branches(reward_model.base_model, batch, batch.branch).last_hidden_state
-    score = reward_model.score(hidden).float().view(batch.branch.shape)  # (B, n, 1 + R)
+    score = reward_model.score(hidden).float().view_as(batch.branch)  # (B, n, 1 + R)
     return score.gather(-1, batch.length[..., None])[..., 0]
 
 class Columns(transformers.StaticLayer):
