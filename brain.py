@@ -490,8 +490,7 @@ def score_reward(reward_model, batch: Batch) -> Tensor:
     return score.gather(-1, batch.length[..., None])[..., 0]
 
 class Columns(transformers.StaticLayer):
-    """A layer's keys and values, (B, heads, P + n·R, d), in place: the prompt's, then a token of
-    each branch at a time."""
+    """A layer's keys and values, (B, heads, P + n·R, d), in place: the prompt's, then branches'."""
     filled = 0
 
     def update(self, keys, values, *args, **kwargs):
