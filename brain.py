@@ -379,8 +379,7 @@ def encode_prompt(tokenizer, prompt):
     return tokenizer(render(tokenizer, prompt).removeprefix(first)).input_ids
 
 def encode_after(tokenizer, text):
-    """Ids of a text that continues another: behind a prefix that does not merge with it, whose ids
-    are dropped. Alone, SentencePiece (Llama 2, Mistral) would put a space before it."""
+    """Ids of a text, less those of a prefix: alone, SentencePiece would put a space before it."""
     for prefix in ("\n", "a", ""):
         ids, known = tokenizer([prefix + text, prefix], add_special_tokens=False).input_ids
         if ids[: len(known)] == known:
@@ -397,10 +396,9 @@ def encode_response(tokenizer, prompt, answer, ends, limit):
 
 def response_text(tokenizer, ids, ends, skip=True):
     """What a response says before its end, decoded behind an a, or SentencePiece drops a space."""
-    decode = partial(tokenizer.decode, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
     before = tokenizer("a", add_special_tokens=False).input_ids
-    ids = [token for token in until_end(ids, ends) if token not in ends]
-    return decode(before + ids).removeprefix(decode(before))
+    both = [before + [token for token in until_end(ids, ends) if token not in ends], before]
+    return str.removeprefix(*tokenizer.decode(both, skip, clean_up_tokenization_spaces=False))
 
 def check_texts(tokenizer, examples):
     """Stop unless prompts and answers read back as they were given, but for their Unicode form, a
@@ -451,8 +449,7 @@ def pack(prompts, responses, device="cpu") -> Batch:
     return Batch(prompt.to(device), branch, (branch >= 0).sum(-1) - 1, prompts, responses)
 
 def forward(model, cache, prompt_mask, tokens, branch_mask):
-    """The model's output for tokens (rows, T), padding included. They see the prompt where its
-    mask (rows, P) allows, and of the rest what the branches' mask (T, T′) allows, no padding."""
+    """The output for tokens (rows, T), padding too; masks (rows, P), (T, T′) say what they see."""
     rows, T = tokens.shape
     seen = torch.cat([prompt_mask[:, None].expand(-1, T, -1), branch_mask.expand(rows, -1, -1)], -1)
     # Eager attention adds the mask to its scores; the least bf16 is finite in fp32, too.
@@ -460,18 +457,17 @@ def forward(model, cache, prompt_mask, tokens, branch_mask):
     return model(tokens.clamp(min=0), attention_mask=mask[:, None], use_cache=True,
                  position_ids=seen.sum(-1) - 1, past_key_values=cache)
 
-def prefill(model, batch, cache):
-    """Fill a cache with the prompts, with gradients; returns the prompts' mask (B, P)."""
-    mask = batch.prompt >= 0  # (B, P)
-    earlier = mask.new_ones(mask.shape[1:] * 2).tril()  # (P, P)
-    forward(model.base_model, cache, mask[:, :0], batch.prompt, earlier)
+def prefill(model, prompt, cache):
+    """Fill a cache with the prompts (B, P), with gradients; returns the prompts' mask (B, P)."""
+    mask = prompt >= 0
+    forward(model.base_model, cache, mask[:, :0], prompt, mask.new_ones(mask.shape[1:] * 2).tril())
     return mask
 
 def forward_branches(model, batch, tokens):
     """The model's output for branches (B, n, T), with gradients; 4 to a row is the fastest."""
     n, T = tokens.shape[1:]
     g, cache = math.gcd(n, 4), transformers.DynamicCache()
-    mask = prefill(model, batch, cache).repeat_interleave(n // g, 0)  # (B·n/g, P)
+    mask = prefill(model, batch.prompt, cache).repeat_interleave(n // g, 0)  # (B·n/g, P)
     cache.batch_repeat_interleave(n // g)
     own = torch.block_diag(*[mask.new_ones(T, T).tril()] * g)  # (gT, gT)
     return forward(model, cache, mask, tokens.reshape(-1, g * T), own)
@@ -479,27 +475,24 @@ def forward_branches(model, batch, tokens):
 def sequence_log_prob(model, batch: Batch, temperature: float = 1.0) -> Tensor:
     """log q(y|x) of each response, (B, n), in nats, fp32, differentiable."""
     target = batch.branch[..., 1:]  # (B, n, R)
-    logits = forward_branches(model, batch, batch.branch[..., :-1]).logits.float()
-    nats = F.cross_entropy(logits.flatten(0, 1) / temperature, target.flatten(),
-                           ignore_index=-1, reduction="none")  # (B·n·R,), 0 on padding
-    return -nats.view(target.shape).sum(-1)
+    logits = forward_branches(model, batch, batch.branch[..., :-1]).logits.flatten(0, 1).float()
+    nats = F.cross_entropy(logits / temperature, target.ravel(), ignore_index=-1, reduction="none")
+    return -nats.view_as(target).sum(-1)  # nats (B·n·R,) are 0 on padding
 
 def score_reward(reward_model, batch: Batch) -> Tensor:
     """The raw reward of each response, (B, n), fp32, read at its last token; differentiable."""
     hidden = forward_branches(reward_model.base_model, batch, batch.branch).last_hidden_state
-    score = reward_model.score(hidden).float().view(batch.branch.shape)  # (B, n, 1 + R)
+    score = reward_model.score(hidden).float().view_as(batch.branch)  # (B, n, 1 + R)
     return score.gather(-1, batch.length[..., None])[..., 0]
 
 class Columns(transformers.StaticLayer):
-    """A layer's keys and values in tensors that stay where they are, (B, heads, P + n·R, d): first
-    the prompt's, then those of the branches, a token of each at a time. Nothing is copied."""
+    """A layer's keys and values, (B, heads, P + n·R, d), in place: the prompt's, then branches'."""
     filled = 0
 
     def update(self, keys, values, *args, **kwargs):
-        """Writes the next columns, and returns those that are filled."""
+        """Writes columns (autocast leaves some keys in fp32); returns all that are filled."""
         self.filled += keys.shape[2]
-        kept = super().update(keys.to(values.dtype), values)  # autocast leaves some keys in fp32
-        return [x[:, :, : self.filled] for x in kept]
+        return [x[:, :, : self.filled] for x in super().update(keys.to(values.dtype), values)]
 
 @torch.no_grad()
 def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: float = 1.0,
@@ -513,16 +506,15 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
     batch = pack(prompts, [[[]] * n for _ in prompts], model.device)
     columns = batch.prompt.shape[1] + n * max_new_tokens
     cache = transformers.Cache(layer_class_to_replicate=partial(Columns, columns))
-    mask, ids = prefill(model, batch, cache), batch.branch  # (B, P); the last ones, (B, n, 1)
+    mask, ids = prefill(model, batch.prompt, cache), batch.branch  # (B, P); last ids, (B, n, 1)
     ends, own = torch.tensor(eos_id, device=ids.device), torch.eye(n, device=ids.device).bool()
     tokens, log_q, alive = [], 0, ids >= 0  # (B, n, 1): all are, as yet
 
-    for step in range(max_new_tokens):
+    for step, u in enumerate(uniform.split(1, -1)):  # u (B, n, 1)
         output = forward(model, cache, mask, ids.flatten(1), own.repeat(1, step + 1))
         log_p = (output.logits.float() / temperature).log_softmax(-1)  # (B, n, V), fp32
-        cdf = log_p.double().exp().cumsum(-1)  # (B, n, V), fp64
-        ids = torch.searchsorted(cdf, uniform[..., step, None] * cdf[..., -1:], right=True)
-        ids = ids.clamp(max=cdf.shape[-1] - 1)  # (B, n, 1); u·total may round up to the total
+        cdf = log_p.double().exp().cumsum(-1)  # (B, n, V), fp64; u·total may round up to the total
+        ids = torch.searchsorted(cdf, u * cdf[..., -1:], right=True).clamp(max=cdf.shape[-1] - 1)
         log_q += log_p.gather(-1, ids).where(alive, 0)
         tokens.append(ids.where(alive, -1))  # −1 after the end
         alive &= ~torch.isin(ids, ends)
@@ -584,7 +576,6 @@ def ready(run, model, tokenizer):
         check_model(run.cfg, model)
     return model
 
-@torch.no_grad()
 def check_model(cfg, model):
     """The start check: 8 scores and the run's n samples of a prompt against plain rows, or Stop."""
     P, text = cfg.max_prompt_tokens, model.config.get_text_config()
@@ -613,13 +604,10 @@ def check_model(cfg, model):
 @contextlib.contextmanager
 def users_code(path):
     """Runs the code of FILE.py: what it does to torch's defaults ends with it."""
-    dtype = torch.get_default_dtype()
-    try:
-        with torch.no_grad(), explain(path):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_default_device(None)
+    with torch.no_grad(), explain(path), contextlib.ExitStack() as after:
+        after.callback(torch.set_default_dtype, torch.get_default_dtype())
+        after.callback(torch.set_default_device, None)
+        yield
 
 def load_function(path):
     """The function `reward` of FILE.py, a module that may import its neighbours."""
