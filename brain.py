@@ -702,9 +702,8 @@ class Run:
         if found:
             with explain("its run cannot be continued: remove it, or give another"):
                 self.state = torch.load(self.out / "state.pt", "cpu", weights_only=True)
-                now, old = asdict(self.cfg), self.state["config"]
-                for key in sorted(now.keys() - FREE):
-                    refuse_if(old.get(key) != now[key], f"{key} was {old.get(key)}, is {now[key]}")
+                old, new = self.state["config"].items(), asdict(self.cfg).items()
+                refuse_if(dict(old ^ new).keys() - FREE, f"was {old - new}, is {new - old}")
                 torch.set_num_threads(self.state["threads"])  # sums depend on it
 
     def begin(self, parameters):
