@@ -182,10 +182,10 @@ class Stop(Exception):
 class Guard(Stop):
     """A number that cannot be trusted, or a disk that is full: status 1, as for any other error."""
 
-def refuse_if(wrong, why):
-    """Stop for a user's mistake."""
+def refuse_if(wrong, why, kind=Stop):
+    """Stop for a user's mistake, or with a Guard."""
     if wrong:
-        raise Stop(why)
+        raise kind(why)
 
 def out_of_memory(error):
     """Whether memory ran out; on a CPU torch calls that a RuntimeError."""
@@ -751,9 +751,8 @@ class Run:
 
     def require(self, fine, what, batch):
         """Stop the run if a number is not fine (b, m), and name its prompt."""
-        if not fine.all():
-            worst = batch.examples[fine.all(-1).int().argmin()].prompt
-            raise Guard(f"{self.progress}: {what}; prompt …{str(worst)[-60:]!r}")
+        worst = str(batch.examples[fine.all(-1).int().argmin()].prompt)[-60:]
+        refuse_if(not fine.all(), f"{self.progress}: {what}; prompt …{worst!r}", Guard)
 
 # ---- Training: one driver of gradients for texts (stages 1 and 2) and for samples (stage 3) -----
 SHOWN = ("loss", "accuracy", "reward", "kl_to_prior", "ess_alpha")  # metrics on the screen
@@ -896,8 +895,7 @@ class Stage:
         """3.4 Step: Adam at a rate that falls linearly to 0. When due, shows a sample and saves."""
         run, rate, done = self.run, self.lr * (1 - self.step / self.steps), self.step + 1
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), run.cfg.max_grad_norm)
-        if not norm.isfinite():
-            raise Guard(f"{run.progress}: the gradient is not finite; the last state is kept")
+        refuse_if(not norm.isfinite(), f"{run.progress}: the gradient is not finite", Guard)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
