@@ -893,24 +893,23 @@ class Stage:
 
     def update(self, metrics, shown):
         """3.4 Step: Adam at a rate that falls linearly to 0. When due, shows a sample and saves."""
-        run, rate, done = self.run, self.lr * (1 - self.step / self.steps), self.step + 1
+        run, period, done = self.run, self.period, self.step + 1
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), run.cfg.max_grad_norm)
         refuse_if(not norm.isfinite(), f"{run.progress}: the gradient is not finite", Guard)
-        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.param_groups[0]["lr"] = rate = self.lr * (1 - self.step / self.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
         spent = time.time() - self.began
         self.log(step=self.step, **metrics, gradient_norm=norm.item(), learning_rate=rate,
                  seconds_stage=spent, peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9)
-        if self.step % self.period == 0:
+        if self.step % period == 0:
             left = spent / (done - self.start) * (self.steps - done) / 60
             figures = [f"{key} {metrics[key]:.3g}" for key in SHOWN if key in metrics]
             x, y = map(run.tokenizer.decode, (shown.prompts[0], shown.responses[0][0]))
             tqdm.write(f"{run.progress} of {self.steps}: {', '.join(figures)}; {spent:.0f} s, "
                        f"{left:.0f} min left; …{x[-40:]!r} → {y[:100]!r}")
-        save_every = math.ceil(run.cfg.save_every / self.period) * self.period
-        if done % save_every == 0 or done == self.steps:
+        if done == self.steps or done / period % math.ceil(run.cfg.save_every / period) == 0:
             run.save(stage=self.name, step=done, model=self.model.state_dict(),
                      optimizer=self.optimizer.state_dict())
 
