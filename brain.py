@@ -661,7 +661,7 @@ def load_reward(run, source, prior):
     return partial(score_reward, freeze(model, run.dtype))
 
 # ---- A run: its folder, its one state file, its guards ------------------------------------------
-FREE = ("data_dir", "save_every", "micro_batch_tokens", "out")  # flags that a resume may change
+FREE = dict.fromkeys(["data_dir", "save_every", "micro_batch_tokens", "out"])  # in a resume
 
 class Run:
     """What the stages share, and the folder, which one process holds. As each draw has its own key,
@@ -680,7 +680,7 @@ class Run:
         self.autocast = partial(torch.autocast, self.device, torch.bfloat16, enabled=cuda)
         self.cfg, self.out = replace(cfg, device=self.device), Path(cfg.out).absolute()
         first = "sft" if not cfg.prior else "brain" if cfg.reward else "reward"
-        self.state = dict(stage=first, step=0, metrics="", config=asdict(self.cfg),
+        self.state = dict(stage=first, step=0, metrics="", config=asdict(self.cfg) | FREE,
                           threads=torch.get_num_threads())  # what state.pt holds
         with explain(f"--out {self.out}"):
             self.claim()
@@ -702,8 +702,8 @@ class Run:
         if found:
             with explain("its run cannot be continued: remove it, or give another"):
                 self.state = torch.load(self.out / "state.pt", "cpu", weights_only=True)
-                old, new = self.state["config"].items(), asdict(self.cfg).items()
-                refuse_if(dict(old ^ new).keys() - FREE, f"was {old - new}, is {new - old}")
+                old, new = self.state["config"].items(), (asdict(self.cfg) | FREE).items()
+                refuse_if(old != new, f"was {old - new}, is {new - old}")
                 torch.set_num_threads(self.state["threads"])  # sums depend on it
 
     def begin(self, parameters):
