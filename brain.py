@@ -661,7 +661,7 @@ def load_reward(run, source, prior):
     return partial(score_reward, freeze(model, run.dtype))
 
 # ---- A run: its folder, its one state file, its guards ------------------------------------------
-FREE = dict.fromkeys(["data_dir", "save_every", "micro_batch_tokens", "out"])  # in a resume
+FREE = dict.fromkeys(["data_dir", "save_every", "micro_batch_tokens", "out"])  # a resume may differ
 
 class Run:
     """What the stages share, and the folder, which one process holds. As each draw has its own key,
@@ -773,10 +773,9 @@ def split_batches(run, rows):
     each, (n,). Sorted by the prompts' lengths; a response token counts 1 + V/2¹⁶, for V logits."""
     prompts = [encode_prompt(run.tokenizer, row[0].prompt) for row in rows]
     longest = max(len(y) for row in rows for y in row[1])
-    tokens = max(map(len, prompts)) + len(rows[0][1]) * longest * (1 + len(run.tokenizer) / 2**16)
-    order = torch.tensor([*map(len, prompts)]).argsort(stable=True)
-    batches = []
-    for part in order.split(int(run.cfg.micro_batch_tokens / tokens) or 1):
+    lengths, batches = torch.tensor([*map(len, prompts)]), []
+    tokens = lengths.max() + len(rows[0][1]) * longest * (1 + len(run.tokenizer) / 2**16)
+    for part in lengths.argsort(stable=True).split(int(run.cfg.micro_batch_tokens / tokens) or 1):
         examples, responses, *sampled = zip(*[rows[i] for i in part], strict=True)
         batches.append(pack([prompts[i] for i in part], responses, run.device))
         batches[-1].examples = examples
@@ -815,26 +814,24 @@ def sample_rollouts(run, proposal, examples, n, *key):
     return rows
 
 def score_rollouts(run, prior, proposal, rows, step_size):
-    """3.2 Score the samples, in the micro-batches and the autocast of 3.3, a list for each step:
-    rewards, log p and log q′, so that log q_θ − log q′ begins at exactly 0. Stop, if log q′ is not
-    the sampler's own, up to rounding. Given answers, which have none, get a reward alone."""
+    """3.2 Score the samples, a list for each step, in micro-batches and autocast of 3.3, so that
+    log q_θ − log q′ begins at exactly 0. Stop, if log q′ is not the sampler's, up to rounding."""
     steps = [split_batches(run, rows[i : i + step_size]) for i in range(0, len(rows), step_size)]
     for batch in itertools.chain(*steps):
         judge(run, batch)
-        if batch.log_sampled is None:  # given answers
-            continue
-        with torch.no_grad():
-            batch.log_prior = log_prob(run, prior, batch)
-            batch.log_proposal = log_prob(run, proposal, batch)
-        batch.figures["kl_to_prior"] = batch.log_proposal - batch.log_prior  # of who sampled
+        if batch.log_sampled is not None:  # given answers have none
+            with torch.no_grad():
+                batch.log_prior = log_prob(run, prior, batch)
+                batch.log_proposal = log_prob(run, proposal, batch)
+            batch.figures["kl_to_prior"] = batch.log_proposal - batch.log_prior  # of who sampled
 
-        gap, length = batch.log_sampled - batch.log_proposal, batch.length  # (b, n)
-        same = gap.abs() <= 2e-3 / 53 * length.clamp(min=53)  # measured: 1.8e-4 nats in 53 tokens
-        if run.dtype is torch.bfloat16:  # rounding has mean 0 and a small spread
-            unbiased = gap.sum().abs() / length.sum() <= 0.01 + 0.1 / length.sum().sqrt()
-            small = (gap.square() / length).mean() <= 0.15**2  # measured: 0.012² on an H200
-            same = (unbiased & small).expand_as(gap)
-        run.require(same, f"scored is not sampled, by up to {gap.abs().max():.2g} nats", batch)
+            gap, length = batch.log_sampled - batch.log_proposal, batch.length  # (b, n)
+            same = gap.abs() <= 2e-3 / 53 * length.clamp(min=53)  # measured: 1.8e-4 nats in 53
+            if run.dtype is torch.bfloat16:  # rounding has mean 0 and a small spread
+                unbiased = gap.sum().abs() / length.sum() <= 0.01 + 0.1 / length.sum().sqrt()
+                small = (gap.square() / length).mean() <= 0.15**2  # measured: 0.012² on an H200
+                same = (unbiased & small).expand_as(gap)
+            run.require(same, f"scored is not sampled, by up to {gap.abs().max():.2g} nats", batch)
     return steps
 
 def sft_loss(run, model, batch):
