@@ -181,10 +181,10 @@ class Stop(Exception):
 class Guard(Stop):
     """A number that cannot be trusted, or a disk that is full: status 1, as for any other error."""
 
-def refuse_if(wrong, why):
-    """Stop for a user's mistake."""
+def refuse_if(wrong, why, kind=Stop):
+    """Stop for a user's mistake, or with a Guard."""
     if wrong:
-        raise Stop(why)
+        raise kind(why)
 
 def out_of_memory(error):
     """Whether memory ran out; on a CPU torch calls that a RuntimeError."""
@@ -379,7 +379,8 @@ def encode_prompt(tokenizer, prompt):
     return tokenizer(render(tokenizer, prompt).removeprefix(first)).input_ids
 
 def encode_after(tokenizer, text):
-    """Ids of a text, less those of a prefix: alone, SentencePiece would put a space before it."""
+    """Ids of a text that continues another: behind a prefix that does not merge with it, whose ids
+    are dropped. Alone, SentencePiece (Llama 2, Mistral) would put a space before it."""
     for prefix in ("\n", "a", ""):
         ids, known = tokenizer([prefix + text, prefix], add_special_tokens=False).input_ids
         if ids[: len(known)] == known:
@@ -396,9 +397,10 @@ def encode_response(tokenizer, prompt, answer, ends, limit):
 
 def response_text(tokenizer, ids, ends, skip=True):
     """What a response says before its end, decoded behind an a, or SentencePiece drops a space."""
+    decode = partial(tokenizer.decode, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
     before = tokenizer("a", add_special_tokens=False).input_ids
-    both = [before + [token for token in until_end(ids, ends) if token not in ends], before]
-    return str.removeprefix(*tokenizer.decode(both, skip, clean_up_tokenization_spaces=False))
+    ids = [token for token in until_end(ids, ends) if token not in ends]
+    return decode(before + ids).removeprefix(decode(before))
 
 def check_texts(tokenizer, examples):
     """Stop unless prompts and answers read back as they were given, but for their Unicode form, a
@@ -449,7 +451,8 @@ def pack(prompts, responses, device="cpu") -> Batch:
     return Batch(prompt.to(device), branch, (branch >= 0).sum(-1) - 1, prompts, responses)
 
 def forward(model, cache, prompt_mask, tokens, branch_mask):
-    """The output for tokens (rows, T), padding too; masks (rows, P), (T, T′) say what they see."""
+    """The model's output for tokens (rows, T), padding included. They see the prompt where its
+    mask (rows, P) allows, and of the rest what the branches' mask (T, T′) allows, no padding."""
     rows, T = tokens.shape
     seen = torch.cat([prompt_mask[:, None].expand(-1, T, -1), branch_mask.expand(rows, -1, -1)], -1)
     # Eager attention adds the mask to its scores; the least bf16 is finite in fp32, too.
@@ -486,7 +489,8 @@ def score_reward(reward_model, batch: Batch) -> Tensor:
     return score.gather(-1, batch.length[..., None])[..., 0]
 
 class Columns(transformers.StaticLayer):
-    """A layer's keys and values, (B, heads, P + n·R, d), in place: the prompt's, then branches'."""
+    """A layer's keys and values in tensors that stay where they are, (B, heads, P + n·R, d): first
+    the prompt's, then those of the branches."""
     filled = 0
 
     def update(self, keys, values, *args, **kwargs):
@@ -645,7 +649,7 @@ def load_reward(run, source, prior):
     return partial(score_reward, freeze(model, run.dtype))
 
 # ---- A run: its folder, its one state file, its guards ------------------------------------------
-FREE = ("data_dir", "save_every", "micro_batch_tokens", "out")  # flags that a resume may change
+FREE = dict.fromkeys(["data_dir", "save_every", "micro_batch_tokens", "out"])  # in a resume
 
 class Run:
     """What the stages share, and the folder, which one process holds. As each draw has its own key,
@@ -664,7 +668,7 @@ class Run:
         self.autocast = partial(torch.autocast, self.device, torch.bfloat16, enabled=cuda)
         self.cfg, self.out = replace(cfg, device=self.device), Path(cfg.out).absolute()
         first = "sft" if not cfg.prior else "brain" if cfg.reward else "reward"
-        self.state = dict(stage=first, step=0, metrics="", config=asdict(self.cfg),
+        self.state = dict(stage=first, step=0, metrics="", config=asdict(self.cfg) | FREE,
                           threads=torch.get_num_threads())  # what state.pt holds
         with explain(f"--out {self.out}"):
             self.claim()
@@ -686,9 +690,8 @@ class Run:
         if found:
             with explain("its run cannot be continued: remove it, or give another"):
                 self.state = torch.load(self.out / "state.pt", "cpu", weights_only=True)
-                now, old = asdict(self.cfg), self.state["config"]
-                for key in sorted(now.keys() - FREE):
-                    refuse_if(old.get(key) != now[key], f"{key} was {old.get(key)}, is {now[key]}")
+                old, new = self.state["config"].items(), (asdict(self.cfg) | FREE).items()
+                refuse_if(old != new, f"was {dict(old - new)}, is {dict(new - old)}")
                 torch.set_num_threads(self.state["threads"])  # sums depend on it
 
     def begin(self, parameters):
@@ -737,8 +740,8 @@ class Run:
     def require(self, fine, what, batch):
         """Stop the run if a number is not fine (b, m), and name its prompt."""
         if not fine.all():
-            worst = batch.examples[fine.all(-1).int().argmin()].prompt
-            raise Guard(f"{self.progress}: {what}; prompt …{str(worst)[-60:]!r}")
+            worst = str(batch.examples[fine.all(-1).int().argmin()].prompt)[-60:]
+            raise Guard(f"{self.progress}: {what}; prompt …{worst!r}")
 
 # ---- Training: one driver of gradients for texts (stages 1 and 2) and for samples (stage 3) -----
 SHOWN = ("loss", "accuracy", "reward", "kl_to_prior", "ess_alpha")  # metrics on the screen
@@ -759,10 +762,9 @@ def split_batches(run, rows):
     each, (n,). Sorted by the prompts' lengths; a response token counts 1 + V/2¹⁶, for V logits."""
     prompts = [encode_prompt(run.tokenizer, row[0].prompt) for row in rows]
     longest = max(len(y) for row in rows for y in row[1])
-    tokens = max(map(len, prompts)) + len(rows[0][1]) * longest * (1 + len(run.tokenizer) / 2**16)
-    order = torch.tensor([*map(len, prompts)]).argsort(stable=True)
-    batches = []
-    for part in order.split(int(run.cfg.micro_batch_tokens / tokens) or 1):
+    lengths, batches = torch.tensor([*map(len, prompts)]), []
+    tokens = lengths.max() + len(rows[0][1]) * longest * (1 + len(run.tokenizer) / 2**16)
+    for part in lengths.argsort(stable=True).split(int(run.cfg.micro_batch_tokens / tokens) or 1):
         examples, responses, *sampled = zip(*[rows[i] for i in part], strict=True)
         batches.append(pack([prompts[i] for i in part], responses, run.device))
         batches[-1].examples = examples
@@ -803,12 +805,12 @@ def sample_rollouts(run, proposal, examples, n, *key):
 def score_rollouts(run, prior, proposal, rows, step_size):
     """3.2 Score the samples, in the micro-batches and the autocast of 3.3, a list for each step:
     rewards, log p and log q′, so that log q_θ − log q′ begins at exactly 0. Stop, if log q′ is not
-    the sampler's own, up to rounding. What was not sampled has none, and p's score if asked."""
+    the sampler's own, up to rounding. Answers that were not sampled have no log q′."""
     steps = [split_batches(run, rows[i : i + step_size]) for i in range(0, len(rows), step_size)]
     for batch in itertools.chain(*steps):
         judge(run, batch)
         with torch.no_grad():
-            batch.log_prior = prior and log_prob(run, prior, batch)
+            batch.log_prior = log_prob(run, prior, batch) if prior else None
             if batch.log_sampled is None:  # given answers, or all of Y
                 continue
             batch.log_proposal = log_prob(run, proposal, batch)
@@ -879,25 +881,23 @@ class Stage:
 
     def update(self, metrics, shown):
         """3.4 Step: Adam at a rate that falls linearly to 0. When due, shows a sample and saves."""
-        run, rate, done = self.run, self.lr * (1 - self.step / self.steps), self.step + 1
+        run, period, done = self.run, self.period, self.step + 1
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), run.cfg.max_grad_norm)
-        if not norm.isfinite():
-            raise Guard(f"{run.progress}: the gradient is not finite; the last state is kept")
-        self.optimizer.param_groups[0]["lr"] = rate
+        refuse_if(not norm.isfinite(), f"{run.progress}: the gradient is not finite", Guard)
+        self.optimizer.param_groups[0]["lr"] = rate = self.lr * (1 - self.step / self.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
         spent = time.time() - self.began
         self.log(step=self.step, **metrics, gradient_norm=norm.item(), learning_rate=rate,
                  seconds_stage=spent, peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9)
-        if self.step % self.period == 0:
+        if self.step % period == 0:
             left = spent / (done - self.start) * (self.steps - done) / 60
             figures = [f"{key} {metrics[key]:.3g}" for key in SHOWN if key in metrics]
             x, y = map(run.tokenizer.decode, (shown.prompts[0], shown.responses[0][0]))
             tqdm.write(f"{run.progress} of {self.steps}: {', '.join(figures)}; {spent:.0f} s, "
                        f"{left:.0f} min left; …{x[-40:]!r} → {y[:100]!r}")
-        save_every = math.ceil(run.cfg.save_every / self.period) * self.period
-        if done % save_every == 0 or done == self.steps:
+        if done == self.steps or done / period % math.ceil(run.cfg.save_every / period) == 0:
             run.save(stage=self.name, step=done, model=self.model.state_dict(),
                      optimizer=self.optimizer.state_dict())
 
@@ -983,7 +983,7 @@ def evaluate(run, models, examples):
         if len(rows) < B:  # not all have a reference
             continue
 
-        batches, = score_rollouts(run, model and models["prior"], model, rows, B)
+        batches, = score_rollouts(run, models["prior"] if model else None, model, rows, B)
         for batch in batches:
             scored = zip(batch.examples, batch.responses, batch.reward.tolist(), strict=True)
             for example, ys, worth in scored:
