@@ -181,10 +181,10 @@ class Stop(Exception):
 class Guard(Stop):
     """A number that cannot be trusted, or a disk that is full: status 1, as for any other error."""
 
-def refuse_if(wrong, why, kind=Stop):
-    """Stop for a user's mistake, or with a Guard."""
+def refuse_if(wrong, why):
+    """Stop for a user's mistake."""
     if wrong:
-        raise kind(why)
+        raise Stop(why)
 
 def out_of_memory(error):
     """Whether memory ran out; on a CPU torch calls that a RuntimeError."""
@@ -676,7 +676,6 @@ class Run:
 
     def claim(self):
         """Lock the folder for this process, and read the state that it holds, or Stop."""
-        refuse_if(not str(self.out).isprintable(), "its path is no plain text")
         os.makedirs(self.out, exist_ok=True)
         found = {*os.listdir(self.out)} - {"lock", "state.pt.part"}  # may be there before a state
         refuse_if(found and "state.pt" not in found, "it holds no run: remove it, or give another")
@@ -762,8 +761,9 @@ def split_batches(run, rows):
     each, (n,). Sorted by the prompts' lengths; a response token counts 1 + V/2¹⁶, for V logits."""
     prompts = [encode_prompt(run.tokenizer, row[0].prompt) for row in rows]
     longest = max(len(y) for row in rows for y in row[1])
-    lengths, batches = torch.tensor([*map(len, prompts)]), []
+    lengths = torch.tensor([*map(len, prompts)])
     tokens = lengths.max() + len(rows[0][1]) * longest * (1 + len(run.tokenizer) / 2**16)
+    batches = []
     for part in lengths.argsort(stable=True).split(int(run.cfg.micro_batch_tokens / tokens) or 1):
         examples, responses, *sampled = zip(*[rows[i] for i in part], strict=True)
         batches.append(pack([prompts[i] for i in part], responses, run.device))
@@ -874,8 +874,8 @@ class Stage:
 
     def __iter__(self):
         """The steps that are left, with a bar on a terminal."""
-        steps, self.began = range(self.start, self.steps), time.time()
-        for step in tqdm(steps, self.name, self.steps, initial=self.start, disable=None):
+        self.began = time.time()
+        for step in tqdm(range(self.start, self.steps), self.name, disable=None):
             self.step, self.run.progress = step, f"{self.name}, step {step}"
             yield step
 
@@ -883,7 +883,8 @@ class Stage:
         """3.4 Step: Adam at a rate that falls linearly to 0. When due, shows a sample and saves."""
         run, period, done = self.run, self.period, self.step + 1
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), run.cfg.max_grad_norm)
-        refuse_if(not norm.isfinite(), f"{run.progress}: the gradient is not finite", Guard)
+        if not norm.isfinite():
+            raise Guard(f"{run.progress}: the gradient is not finite; the last state is kept")
         self.optimizer.param_groups[0]["lr"] = rate = self.lr * (1 - self.step / self.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
