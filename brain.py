@@ -785,8 +785,8 @@ def judge(run, batch):
     run.require(raw.isfinite(), "a reward is not finite", batch)
     ended = torch.isin(batch.branch[..., 1:], torch.tensor(run.ends, device=run.device)).any(-1)
     batch.reward = raw - run.cfg.missing_eos_penalty * ~ended
-    batch.figures = dict(reward=batch.reward, raw_reward=raw, eos_share=ended.float(),
-                         response_tokens=batch.length.float())
+    batch.figures = dict(reward=batch.reward, raw_reward=raw, eos_share=ended,
+                         response_tokens=batch.length)
 
 def sample_rollouts(run, proposal, examples, n, *key):
     """3.1 Sample n responses to each example, with a generator each, of this key: as rows."""
@@ -832,7 +832,7 @@ def sft_loss(run, model, batch):
 def preference_loss(run, model, batch):
     """−log P(chosen ≻ rejected), (b,), and the share of pairs ordered right."""
     chosen, rejected = score_reward(model, batch).T  # (b,) each
-    return bradley_terry_loss(chosen, rejected), {"accuracy": (chosen > rejected).float()}
+    return bradley_terry_loss(chosen, rejected), {"accuracy": chosen > rejected}
 
 def policy_loss(run, policy, batch):
     """3.3 Weigh the samples: BRAIn's loss, (b,), and what to watch (README, "Metrics")."""
@@ -857,7 +857,7 @@ def accumulate_gradient(run, model, batches, loss_of):
         if loss.requires_grad:
             (loss.sum() / total).backward()
         found.append({"loss": loss.detach(), **metrics})
-    return {name: torch.cat([part[name] for part in found]).mean().item() for name in found[0]}
+    return {key: torch.cat([one[key] for one in found]).double().mean().item() for key in found[0]}
 
 class Stage:
     """A stage of training: its optimizer, and where the last state says that it continues. A line
@@ -895,7 +895,7 @@ class Stage:
         if self.step % period == 0:
             left = spent / (done - self.start) * (self.steps - done) / 60
             figures = [f"{key} {metrics[key]:.3g}" for key in SHOWN if key in metrics]
-            x, y = map(run.tokenizer.decode, (shown.prompts[0], shown.responses[0][0]))
+            x, y = run.tokenizer.batch_decode([shown.prompts[0], shown.responses[0][0]])
             tqdm.write(f"{run.progress} of {self.steps}: {', '.join(figures)}; {spent:.0f} s, "
                        f"{left:.0f} min left; …{x[-40:]!r} → {y[:100]!r}")
         if done == self.steps or done / period % math.ceil(run.cfg.save_every / period) == 0:
