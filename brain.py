@@ -242,8 +242,7 @@ HH_URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
 TLDR, TURN = "\n\nTL;DR:", "\n\nAssistant:"
 KEYS, FILLERS = "sun moon star rain".split(), "the a of in".split()
 Example = namedtuple("Example", "prompt reference chosen rejected", defaults=[None] * 3)
-# All are texts, but the prompt may be a chat: a list of messages, each with a role and a content.
-# An answer brings its own leading space. Stage 1 reads references, stage 2 chosen and rejected.
+# All are texts, but a prompt may be a list of chat messages. An answer brings its leading space.
 
 def read_rows(cfg, source, name, parse, *more):
     """Yields parse(row, *more) of the file NAME below --data_dir, .jsonl or .jsonl.gz, which comes
@@ -405,14 +404,14 @@ def response_text(tokenizer, ids, ends, skip=True):
 def check_texts(tokenizer, examples):
     """Stop unless prompts and answers read back as they were given, but for their Unicode form, a
     leading space, and space beside special tokens (Phi-3's swallow it, old Llama files add one)."""
-    special = "|".join(map(re.escape, tokenizer.get_added_vocab()))
+    name, special = tokenizer.name_or_path, "|".join(map(re.escape, tokenizer.get_added_vocab()))
     normal = tokenizers.normalizers.NFKC().normalize_str
     for prompt, *answers in examples:
         for answer in (None, *answers):  # None is the prompt
             text = render(tokenizer, prompt, answer)
             read = response_text(tokenizer, encode_after(tokenizer, text), [], skip=False)
             given, read = (re.sub(rf"^ |\s*({special})\s*", r"\1", normal(x)) for x in (text, read))
-            refuse_if(given != read, f"the prior's tokenizer reads {given[:60]!r} as {read[:60]!r}")
+            refuse_if(given != read, f"{name}: its tokenizer reads {given[:60]!r} as {read[:60]!r}")
 
 # ---- Models, and one layout for all of them: one prompt, n branches -----------------------------
 # The n responses to a prompt are its branches. Its keys and values are computed once, into a cache;
@@ -676,6 +675,7 @@ class Run:
 
     def claim(self):
         """Lock the folder for this process, and read the state that it holds, or Stop."""
+        refuse_if(not str(self.out).isprintable(), "its path is no plain text")
         os.makedirs(self.out, exist_ok=True)
         found = {*os.listdir(self.out)} - {"lock", "state.pt.part"}  # may be there before a state
         refuse_if(found and "state.pt" not in found, "it holds no run: remove it, or give another")
@@ -1004,7 +1004,7 @@ def evaluate(run, models, examples):
 def report(run, result, figures, samples):
     """report.md, samples.jsonl and result.json; report and result are printed, too."""
     usual = asdict(Config()) | TASKS[run.cfg.task].preset
-    flags = dict(sorted(asdict(run.cfg).items() - usual.items()))  # that differ from the task's
+    flags = dict(sorted(run.state["config"].items() - (usual | FREE).items()))
     lines = [f"# BRAIn on {run.cfg.task}\n", f"Flags beside the task's own: `{flags}`\n",
              "Means over held-out prompts ± standard errors; samples.jsonl has the samples:\n",
              "| | " + " | ".join(figures) + " |", "|---" * (1 + len(figures)) + "|"]
