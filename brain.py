@@ -199,8 +199,8 @@ def one_line(error):
 
 @contextlib.contextmanager
 def explain(what, kind=Stop):
-    """What fails inside the block, but for want of memory, ends the program in one line. Where it
-    has passed through a file of Python that is named so, the line of this file is told, too."""
+    """What fails inside the block, but for want of memory, ends the program in one line that begins
+    with `what`, and if that is a FILE.py, with the line in it."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -414,8 +414,8 @@ def check_texts(tokenizer, examples):
             refuse_if(given != read, f"{name}: its tokenizer reads {given[:60]!r} as {read[:60]!r}")
 
 # ---- Models, and one layout for all of them: one prompt, n branches -----------------------------
-# The n responses to a prompt are its branches. Its keys and values are computed once, into a cache;
-# then the branches are fed, g of them to a row. Each begins with the prompt's last token x₃, whose
+# The n responses to a prompt are its branches. The prompt's keys and values are computed once, into
+# a cache; then the branches are fed, g to a row. Each begins with the prompt's last token x₃, whose
 # output predicts y₁. Here are g = 2 branches a and b, padding ·, and who sees (#) what:
 #                        x₁ x₂ ·     x₃ᵃ y₁ᵃ y₂ᵃ x₃ᵇ y₁ᵇ y₂ᵇ       (cache, then row of branches)
 #          predicts y₂ᵃ  #  #        #   #
@@ -501,8 +501,9 @@ class Columns(transformers.StaticLayer):
 def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: float = 1.0,
            generator=None) -> tuple[list, Tensor]:
     """n responses to each prompt from softmax(logits / temperature), nothing truncated: ids (B, n),
-    with an end (eos_id, or one of several) unless cut, and log q′ (B, n), nats in fp32. A uniform
-    number picks each token in the summed softmax: its prompt's own, given a list of generators."""
+    with an end (eos_id, or one of several) unless cut, and log q′ (B, n), nats in fp32. Each token
+    is where a uniform number falls in the summed softmax; with a list of generators, one to a
+    prompt, a prompt's samples do not depend on the others."""
     generators = generator if isinstance(generator, list) else [generator] * len(prompts)
     uniform = torch.stack([torch.rand(n, max_new_tokens, generator=g, dtype=torch.float64)
                            for g in generators]).to(model.device)  # (B, n, R)

@@ -1731,14 +1731,14 @@ def letters(text, limit=0):
 def test_figures_of_the_evaluation_by_definition(tokens):
     """Catches a standard error over samples where it is over prompts, figures of another model's
     samples, a KL of the wrong sign, a penalty or an end that is lost, references cut at the limit
-    of samples, win rates of the wrong side, ties that do not count half, and rounding that breaks
-    the tie of equal responses."""
+    of samples, win rates of the wrong side, ties that do not count half, rounding that breaks the
+    tie of equal responses, and rewards that are rounded to fp32, where all of these would tie."""
     calls = itertools.count()
 
     def reward(batch):  # levels, so that unlike responses tie, and a little more at each call
         length = torch.tensor([[len(x)] for x in batch.prompts])
         total = batch.branch[..., 1:].clamp(min=0).sum(-1)
-        return (total + length).double() % 3 + 1e-6 * next(calls)
+        return 1e8 + (total + length).double() % 3 + 1e-6 * next(calls)
 
     run = fake_run(tokenizer=word_tokenizer([EOS, *"abcd"]), reward=reward, temperature=0.6,
                    max_response_tokens=2, max_comparison_tokens=5, missing_eos_penalty=0.25,
@@ -1755,7 +1755,7 @@ def test_figures_of_the_evaluation_by_definition(tokens):
         limit = 5 if author == "reference" else 2
         x, ys = letters(prompt), [letters(text, limit) for text in row["responses"]]
         ended = torch.tensor([float(y[-1] == 0) for y in ys])
-        worth = torch.tensor([(sum(y) + len(x)) % 3.0 for y in ys])
+        worth = torch.tensor([1e8 + (sum(y) + len(x)) % 3 for y in ys], dtype=torch.float64)
         values = dict(raw_reward=worth, reward=worth - 0.25 * (1 - ended), eos_share=ended,
                       response_tokens=torch.tensor([float(len(y)) for y in ys]))
         if author in models:
