@@ -440,7 +440,8 @@ class Batch:
 
 def pack(prompts, responses, device="cpu") -> Batch:
     """Ids of B prompts with n responses each, ends included: pack([[5, 6, 7]], [[[8, 0], [9]]]) has
-    the prompt [[5, 6, −1]], the branch [[[7, 8, 0], [7, 9, −1]]] and the length [[2, 1]]."""
+    the prompt [[5, 6, −1]], the branch [[[7, 8, 0], [7, 9, −1]]] and the length [[2, 1]].
+    ValueError: no prompt, or a ragged n."""
     if not all(prompts) or len({len(ys) for ys in responses}) != 1:
         raise ValueError("pack needs prompts of a token or more, and n responses to each")
     rows = [x[-1:] + y for x, ys in zip(prompts, responses, strict=True) for y in ys]  # (B·n)
