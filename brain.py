@@ -133,8 +133,8 @@ def brain_loss(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, rewa
                divergence: str = "forward") -> tuple[Tensor, Weights]:
     """BRAIn's loss, KL(α̂ ‖ β̂) by default, per prompt (B,) in nats, and the detached weights.
 
-    It is Σ α̂ (log nα̂ − ρ) + A(ρ). Its gradient is in log_policy alone: −Σᵢ (α̂ᵢ − bᵢ) ∇log q_θ(yᵢ).
-    A(ρ) estimates log Σ_y q_θ(y|x) = 0, and its slope in ρ is the baseline b:
+    It is Σ α̂ (log nα̂ − ρ) + A(ρ), with the gradient −Σᵢ (α̂ᵢ − bᵢ) ∇log q_θ(yᵢ). All other inputs
+    are detached. A(ρ) estimates log Σ_y q_θ(y|x) = 0, and its slope in ρ is the baseline b:
 
         baseline          A(ρ), ρ = log q_θ − log q′    b           as in
         none              0                             0           DPG
@@ -570,6 +570,7 @@ def ready(run, model, tokenizer):
     refuse_if(not plain, "it has no tokenizer")
     refuse_if(len(tokenizer) > model.get_input_embeddings().num_embeddings, "it lacks embeddings")
     refuse_if(not model.can_generate() and model.config.num_labels != 1, "it has not one label")
+
     for config in (model.config, model.config.get_text_config()):
         config.update(dict(return_dict=True, output_attentions=False, output_hidden_states=False,
                            output_router_logits=False))  # these change what a model returns
