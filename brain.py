@@ -949,7 +949,8 @@ def train_policy(run, prior, policy, examples, listed):
         metrics = accumulate_gradient(run, policy, batches, policy_loss)  # 3.3 weigh
         if listed and step % max(1, cfg.steps // 5) == 0:
             metrics["kl_to_posterior"] = exact_kl(run, policy, listed)
-        stage.update(metrics, batches[0])  # 3.4 step
+        # 3.4 step
+        stage.update(metrics, batches[0])
 
 # ---- Evaluation and report ----------------------------------------------------------------------
 def mean_se(values):
