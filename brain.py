@@ -43,6 +43,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -494,9 +495,29 @@ class Columns(transformers.StaticLayer):
     filled = 0
 
     def update(self, keys, values, *args, **kwargs):
-        """Writes columns (autocast leaves some keys in fp32); returns all that are filled."""
-        self.filled += keys.shape[2]
+        """Writes columns (autocast leaves some keys in fp32). Returns those that are filled; after
+        the prompt a card reads all, as a graph wants shapes that stay."""
+        self.filled += self.max_cache_len if self.filled and not keys.is_cpu else keys.shape[2]
         return [x[:, :, : self.filled] for x in super().update(keys.to(values.dtype), values)]
+
+def repeatable(work, cuda):
+    """Does the work, which changes tensors in place, and returns what does it again: on a card one
+    launch of all its kernels, unless it waits for the host, as the experts of a mixture do."""
+    if not cuda:
+        work()
+        return work
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        work()  # kernels are chosen, and autocast casts the weights, before the graph is recorded
+        torch.cuda.set_sync_debug_mode("default")
+
+    if any("called a synchronizing" in str(warning.message) for warning in told):
+        return work
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()  # is recorded, not done
+    return graph.replay
 
 @torch.no_grad()
 def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: float = 1.0,
@@ -513,20 +534,31 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
     cache = transformers.Cache(layer_class_to_replicate=partial(Columns, columns))
     mask, ids = prefill(model, batch.prompt, cache), batch.branch  # (B, P); last ids, (B, n, 1)
     ends, own = torch.tensor(eos_id, device=ids.device), torch.eye(n, device=ids.device).bool()
-    tokens, log_q, alive = [], 0, ids >= 0  # (B, n, 1): all are, as yet
+    tokens = ids.new_full(uniform.shape, -1)  # (B, n, R), −1 after the end
+    log_q, alive = torch.zeros_like(ids).float(), ids >= 0  # (B, n, 1): all are, as yet
+    steps, step = torch.arange(max_new_tokens, device=ids.device), ids.new_zeros(1)  # (R,), (1,)
 
-    for step, u in enumerate(uniform.split(1, -1)):  # u (B, n, 1)
-        output = forward(model, cache, mask, ids.flatten(1), own.repeat(1, step + 1))
+    def draw():
+        """Draws a token of each branch. Tensors change in place, and none is waited for."""
+        past = steps[: step + 1 if step.is_cpu else None] <= step  # (R′,)
+        seen = (own[:, None] & past[:, None]).flatten(1)  # (n, R′·n)
+        output = forward(model, cache, mask, ids.flatten(1), seen)
         log_p = (output.logits.float() / temperature).log_softmax(-1)  # (B, n, V), fp32
-        cdf = log_p.double().exp().cumsum(-1)  # (B, n, V), fp64; u·total may round up to the total
-        ids = torch.searchsorted(cdf, u * cdf[..., -1:], right=True).clamp(max=cdf.shape[-1] - 1)
-        log_q += log_p.gather(-1, ids).where(alive, 0)
-        tokens.append(ids.where(alive, -1))  # −1 after the end
-        alive &= ~torch.isin(ids, ends)
-        if step % 8 == 7 and not alive.any():  # to ask is to wait for a card
+        cdf = log_p.double().exp().cumsum(-1)  # (B, n, V), fp64
+        u = uniform.index_select(-1, step) * cdf[..., -1:]  # (B, n, 1), may round up to the total
+        ids.copy_(torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1))
+        log_q.add_(log_p.gather(-1, ids).where(alive, 0))
+        tokens.index_copy_(-1, step, ids.where(alive, -1))
+        alive.logical_and_(~torch.isin(ids, ends))
+        step.add_(1)
+
+    draw_again = repeatable(draw, ids.is_cuda)
+    for i in range(1, max_new_tokens):
+        draw_again()
+        if i % 8 == 7 and not alive.any():  # to ask is to wait for a card
             break
 
-    rows = [y[: (*y, -1).index(-1)] for y in torch.cat(tokens, -1).flatten(0, 1).tolist()]  # (B·n,)
+    rows = [y[: (*y, -1).index(-1)] for y in tokens.flatten(0, 1).tolist()]  # (B·n,)
     return [rows[i : i + n] for i in range(0, len(rows), n)], log_q[..., 0]
 
 def exact_head(head, hidden):

@@ -617,6 +617,7 @@ import threading
 import time
 import types
 import unicodedata
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -1034,6 +1035,45 @@ def test_samples_are_those_of_a_plain_sampler(family):
         near(log_q, table_of(plain_score, model, prompts, ids, T))
         lengths |= {len(y) for ys in ids for y in ys}
     assert log_q.dtype == torch.float32 and min(lengths) < 9 and max(lengths) == 16
+
+@pytest.mark.parametrize("family", STATIC)
+def test_a_card_draws_the_same(family, monkeypatch):
+    """Catches columns that are not filled yet and are seen on a card, which reads all of them (on a
+    CPU, by a pretended card), and a graph that does not do what it has recorded (on a card)."""
+    model, found = build_model(family, **STATIC[family]), []
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    for _ in range(2):
+        generators = [brain.make_generator(i) for i in (0, 1, 2)]
+        found.append(brain.sample(model, [draw_ids(23, 3), draw_ids(1, 4), draw_ids(9, 5)], 3, 16,
+                                  eos_id=0, generator=generators))
+        monkeypatch.setattr(brain, "repeatable", lambda work, cuda: work() or work)
+        monkeypatch.setattr(Tensor, "is_cpu", False)
+    assert found[0][0] == found[1][0]
+    near(found[0][1], found[1][1])
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_card_records_what_does_not_wait(waits, monkeypatch):
+    """Catches a graph of work that waits for the host, which no graph can hold, one that is
+    recorded before the work was done once, and a mode of torch that stays."""
+    done = []
+
+    def work():
+        done.append("work")
+        if waits:
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    @contextlib.contextmanager
+    def record(graph):
+        done.append("record")
+        yield
+
+    replay = types.SimpleNamespace(replay=lambda: done.append("replay"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: replay)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", done.append)
+    brain.repeatable(work, True)()
+    again = ["work"] if waits else ["record", "work", "replay"]
+    assert done == ["warn", "work", "default", *again]
 
 def assert_counts(drawn, probabilities):
     """Each count is binomial(trials, p): both tails, exact; false alarm 1e-7 over all cells."""
