@@ -245,9 +245,9 @@ KEYS, FILLERS = "sun moon star rain".split(), "the a of in".split()
 Example = namedtuple("Example", "prompt reference chosen rejected", defaults=[None] * 3)
 # All are texts, but a prompt may be a list of chat messages. An answer brings its leading space.
 
-def read_rows(cfg, source, name, parse, *more):
-    """Yields parse(row, *more) of the file NAME below --data_dir, .jsonl or .jsonl.gz, which comes
-    from source/NAME if it is absent; errors say file:line."""
+def read_rows(cfg, source, name, parse):
+    """Yields parse(row) of the file NAME below --data_dir, .jsonl or .jsonl.gz, which comes from
+    source/NAME if it is absent; errors say file:line."""
     path, url = Path(cfg.data_dir, name), f"{source}/{name}"
     with explain(f"{path} (--data_dir names its folder)"):
         if source and not path.exists():
@@ -262,7 +262,7 @@ def read_rows(cfg, source, name, parse, *more):
     for number, line in enumerate(lines, 1):
         if line.strip():
             with explain(f"{path}:{number}"):
-                example = parse(json.loads(line), *more)  # bytes may begin with a BOM
+                example = parse(json.loads(line))  # bytes may begin with a BOM
                 json.dumps(example, ensure_ascii=False).encode()  # refuses lone surrogates
             yield example
 
@@ -301,7 +301,7 @@ def read_hh(cfg, split, tokenizer):
     for subset in cfg.hh_subsets.split():
         yield from read_rows(cfg, HH_URL, f"{subset}/{split}.jsonl.gz", parse_dialogue)
 
-def parse_post(row, tokenizer, limit):
+def parse_post(tokenizer, limit, row):
     """A row of tldr_3_filtered as a query; None for an empty summary. A post that is too long is
     cut as OpenAI did: at its last newline, again and again; within its first line, at any place."""
     head = f"SUBREDDIT: r/{text_at(row, 'subreddit')}\n\nTITLE: {text_at(row, 'title')}\n\nPOST: "
@@ -314,7 +314,7 @@ def parse_post(row, tokenizer, limit):
 def read_tldr(cfg, split, tokenizer):
     """OpenAI's filtered posts and their summaries."""
     name = f"datasets/tldr_3_filtered/{split}.jsonl"
-    return read_rows(cfg, TLDR_URL, name, parse_post, tokenizer, cfg.max_prompt_tokens)
+    return read_rows(cfg, TLDR_URL, name, partial(parse_post, tokenizer, cfg.max_prompt_tokens))
 
 def read_toy(cfg, split, tokenizer):
     """Yields prompts of six words, some of them key words: a good summary lists each of these."""
@@ -337,9 +337,9 @@ def read_toy(cfg, split, tokenizer):
 Task = namedtuple("Task", "read preset")
 TASKS = {
     "toy": Task(read_toy, dict(
-        max_prompt_tokens=16, max_response_tokens=4, max_comparison_tokens=4, sft_lr=3e-3,
-        sft_epochs=4, reward_lr=1e-3, reward_epochs=4, lr=2e-3, steps=400, kl_coef=0.4,
-        prompts_per_refresh=64, save_every=50)),
+        max_prompt_tokens=16, max_response_tokens=4, max_comparison_tokens=4, sft_lr=3e-3, lr=2e-3,
+        sft_epochs=4, reward_lr=1e-3, reward_epochs=4, steps=400, kl_coef=0.4, save_every=50,
+        prompts_per_refresh=64)),
     "tldr": Task(read_tldr, dict(
         data_dir="data/tldr", prior="cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr",
         reward="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr", device="cuda", sft_lr=3e-6,
@@ -446,10 +446,10 @@ def pack(prompts, responses, device="cpu") -> Batch:
     if not all(prompts) or len({len(ys) for ys in responses}) != 1:
         raise ValueError("pack needs prompts of a token or more, and n responses to each")
     rows = [x[-1:] + y for x, ys in zip(prompts, responses, strict=True) for y in ys]  # (B·n)
-    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=-1)
-    prompt = pad([torch.tensor([*x[:-1], -1]) for x in prompts])
-    branch = pad(map(torch.tensor, rows)).unflatten(0, (len(prompts), -1)).to(device)
-    return Batch(prompt.to(device), branch, (branch >= 0).sum(-1) - 1, prompts, responses)
+    pad = partial(itertools.zip_longest, fillvalue=-1)  # gives columns
+    prompt = torch.tensor([*pad(*[(*x[:-1], -1) for x in prompts])], device=device).T
+    branch = torch.tensor([*pad(*rows)], device=device).T.unflatten(0, (len(prompts), -1))
+    return Batch(prompt, branch, (branch >= 0).sum(-1) - 1, prompts, responses)
 
 def forward(model, cache, prompt_mask, tokens, branch_mask):
     """The model's output for tokens (rows, T), padding included. They see the prompt where its
@@ -500,14 +500,10 @@ class Columns(transformers.StaticLayer):
         self.filled += self.max_cache_len if self.filled and not keys.is_cpu else keys.shape[2]
         return [x[:, :, : self.filled] for x in super().update(keys.to(values.dtype), values)]
 
-def repeatable(work, cuda):
-    """Does the work, which changes tensors in place, and returns what does it again: on a card one
-    launch of all its kernels, unless it waits for the host, as the experts of a mixture do."""
-    if not cuda:
-        work()
-        return work
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
+def repeatable(work):
+    """Does a card's work, which changes tensors in place, and returns what does it again: a launch
+    of all its kernels at once, unless it waits for the host, as the experts of a mixture do."""
+    with warnings.catch_warnings(record=True, action="always") as told:
         torch.cuda.set_sync_debug_mode("warn")
         work()  # kernels are chosen, and autocast casts the weights, before the graph is recorded
         torch.cuda.set_sync_debug_mode("default")
@@ -533,8 +529,9 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
     columns = batch.prompt.shape[1] + n * max_new_tokens
     cache = transformers.Cache(layer_class_to_replicate=partial(Columns, columns))
     mask, ids = prefill(model, batch.prompt, cache), batch.branch  # (B, P); last ids, (B, n, 1)
-    ends, own = torch.tensor(eos_id, device=ids.device), torch.eye(n, device=ids.device).bool()
-    tokens = ids.new_full(uniform.shape, -1)  # (B, n, R), −1 after the end
+    ends = [eos_id] if isinstance(eos_id, int) else eos_id
+    last, own = ids.new_tensor(ends), mask.new_ones(n).diag()  # (n, n): a branch sees its own
+    tokens = ids.new_empty(uniform.shape)  # (B, n, R), anything after the end
     log_q, alive = torch.zeros_like(ids).float(), ids >= 0  # (B, n, 1): all are, as yet
     steps, step = torch.arange(max_new_tokens, device=ids.device), ids.new_zeros(1)  # (R,), (1,)
 
@@ -548,18 +545,17 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
         u = uniform.index_select(-1, step) * cdf[..., -1:]  # (B, n, 1), may round up to the total
         ids.copy_(torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1))
         log_q.add_(log_p.gather(-1, ids).where(alive, 0))
-        tokens.index_copy_(-1, step, ids.where(alive, -1))
-        alive.logical_and_(~torch.isin(ids, ends))
+        tokens.index_copy_(-1, step, ids)
+        alive.logical_and_(~torch.isin(ids, last))
         step.add_(1)
 
-    draw_again = repeatable(draw, ids.is_cuda)
-    for i in range(1, max_new_tokens):
+    draw_again = repeatable(draw) if ids.is_cuda else draw
+    for i in range(ids.is_cuda, max_new_tokens):  # a card has drawn the first token
         draw_again()
         if i % 8 == 7 and not alive.any():  # to ask is to wait for a card
             break
 
-    rows = [y[: (*y, -1).index(-1)] for y in tokens.flatten(0, 1).tolist()]  # (B·n,)
-    return [rows[i : i + n] for i in range(0, len(rows), n)], log_q[..., 0]
+    return [[*map(partial(until_end, ends=ends), ys)] for ys in tokens.tolist()], log_q[..., 0]
 
 def exact_head(head, hidden):
     """A head computes in fp32 (TF32 in stage 3), as bf16 logits cost 0.2 nats over 53 tokens."""
@@ -647,18 +643,6 @@ def users_code(path):
         after.callback(torch.set_default_device, None)
         yield
 
-def load_function(path):
-    """The function `reward` of FILE.py, a module that may import its neighbours."""
-    module = module_from_spec(spec_from_file_location(path.stem, path))
-    sys.modules.setdefault(path.stem, module)  # the processes that it starts look for it there
-    sys.path.insert(0, str(path.parent))
-    with users_code(path):
-        module.__spec__.loader.exec_module(module)
-    reward = getattr(module, "reward", None)
-    refuse_if(not callable(reward) or inspect.iscoroutinefunction(reward),
-              f"{path} has no plain reward(prompts, responses, references)")
-    return reward
-
 def judge_texts(path, reward, run, batch):
     """Rewards (b, n), float64, by reward(prompts, responses, references): three lists of b·n."""
     rows = [(copy.deepcopy(x.prompt), response_text(run.tokenizer, y, run.ends), x.reference)
@@ -670,15 +654,26 @@ def judge_texts(path, reward, run, batch):
         refuse_if(found.shape != (len(rows),), f"their shape is {[*found.shape]}")
     return found.view_as(batch.length).clone()  # theirs may change
 
+def load_function(run, path):
+    """Rewards by the function `reward` of FILE.py, a module that may import its neighbours."""
+    module = module_from_spec(spec_from_file_location(path.stem, path))
+    sys.modules.setdefault(path.stem, module)  # the processes that it starts look for it there
+    sys.path.insert(0, str(path.parent))
+    with users_code(path):
+        module.__spec__.loader.exec_module(module)
+    reward = getattr(module, "reward", None)
+    refuse_if(not callable(reward) or inspect.iscoroutinefunction(reward),
+              f"{path} has no plain reward(prompts, responses, references)")
+    return partial(judge_texts, path, reward, run)
+
 def load_reward(run, source, prior):
     """What gives a batch its rewards (b, n): a reward model, or the function of FILE.py."""
     if source.endswith(".py"):
-        path = Path(source).resolve()
-        return partial(judge_texts, path, load_function(path), run)
+        return load_function(run, Path(source).resolve())
     model, own = load(run, AutoModelForSequenceClassification, source)
-    ways = [(t.get_vocab(), t.eos_token, t(TURN).input_ids) for t in (own, run.tokenizer)]
+    way, ours = ((t.get_vocab(), t.eos_token, t(TURN).input_ids) for t in (own, run.tokenizer))
     V, known = (m.get_input_embeddings().num_embeddings for m in (prior, model))
-    refuse_if(ways[0] != ways[1] or V > known or not hasattr(model, "score"),
+    refuse_if(way != ours or V > known or not hasattr(model, "score"),
               f"{source} does not read the prior's tokens: ask it in a FILE.py (see README)")
     return partial(score_reward, freeze(model, run.dtype))
 
@@ -751,8 +746,7 @@ class Run:
         """Replace state.pt in one move: the run's state, with these parts of it."""
         with explain(f"{self.progress}: no room for a state, the last one is kept", Guard):
             with open(self.out / "state.pt.part", "wb") as file:
-                torch.save(self.state | parts, file)
-                file.flush()
+                torch.save(self.state | parts, file)  # which flushes it
                 os.fsync(file.fileno())  # on the disk, before the old one goes
             os.replace(file.name, self.out / "state.pt")
 
@@ -856,7 +850,7 @@ def score_rollouts(run, prior, proposal, rows, step_size):
         if run.dtype is torch.bfloat16:  # rounding has mean 0 and a small spread
             unbiased = gap.sum().abs() / length.sum() <= 0.01 + 0.1 / length.sum().sqrt()
             small = (gap.square() / length).mean() <= 0.15**2  # measured: 0.012² on an H200
-            same = (unbiased & small).expand_as(gap)
+            same = unbiased & small  # of the batch
         run.require(same, f"scored is not sampled, by up to {gap.abs().max():.2g} nats", batch)
     return steps
 
@@ -1043,11 +1037,10 @@ def report(run, result, figures, samples):
     flags = dict(sorted(run.state["config"].items() - (usual | FREE).items()))
     lines = [f"# BRAIn on {run.cfg.task}\n", f"Flags beside the task's own: `{flags}`\n",
              "Means over held-out prompts ± standard errors; samples.jsonl has the samples:\n",
-             "| | " + " | ".join(figures) + " |", "|---" * (1 + len(figures)) + "|"]
+             f"| | {' | '.join(figures)} |", "|---" * (1 + len(figures)) + "|"]
     for key in figures["policy"]:  # which has all
-        cells = ["{:.3f} ± {:.3f}".format(*row[key]) if key in row else ""
-                 for row in figures.values()]
-        lines.append(f"| {key} | {' | '.join(cells)} |")
+        row = [f"{x[key][0]:.3f} ± {x[key][1]:.3f}" if key in x else "" for x in figures.values()]
+        lines.append(f"| {key} | {' | '.join(row)} |")
 
     run.write("report.md", "\n".join([*lines, ""]))
     run.write("samples.jsonl", "".join(f"{json.dumps(sample)}\n" for sample in samples))
@@ -1133,8 +1126,8 @@ def execute(run):
                        cfg.max_response_tokens, cfg.sft_batch, cfg.sft_epochs, cfg.sft_lr)
         run.export(prior, "prior")
     if not run.reward:  # stage 2
-        source = cfg.prior or f"{run.out}/prior"
-        reward, _ = load(run, AutoModelForSequenceClassification, source, num_labels=1)
+        reward, _ = load(run, AutoModelForSequenceClassification, cfg.prior or f"{run.out}/prior",
+                         num_labels=1)
         train_on_texts(run, "reward", reward, preference_loss, (train, test),
                        ("chosen", "rejected"), cfg.max_comparison_tokens, cfg.reward_batch,
                        cfg.reward_epochs, cfg.reward_lr)

@@ -1046,7 +1046,7 @@ def test_a_card_draws_the_same(family, monkeypatch):
         generators = [brain.make_generator(i) for i in (0, 1, 2)]
         found.append(brain.sample(model, [draw_ids(23, 3), draw_ids(1, 4), draw_ids(9, 5)], 3, 16,
                                   eos_id=0, generator=generators))
-        monkeypatch.setattr(brain, "repeatable", lambda work, cuda: work() or work)
+        monkeypatch.setattr(brain, "repeatable", lambda work: work() or work)
         monkeypatch.setattr(Tensor, "is_cpu", False)
     assert found[0][0] == found[1][0]
     near(found[0][1], found[1][1])
@@ -1071,7 +1071,7 @@ def test_a_card_records_what_does_not_wait(waits, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: replay)
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", done.append)
-    brain.repeatable(work, True)()
+    brain.repeatable(work)()
     again = ["work"] if waits else ["record", "work", "replay"]
     assert done == ["warn", "work", "default", *again]
 
@@ -1418,7 +1418,7 @@ def test_long_posts_are_cut_in_near_linear_time(glue):
         return tokenizer(text)
 
     row = {**POST, "post": glue.join(["it was no day for me ."] * 2000)}
-    example = brain.parse_post(row, counting, 512)
+    example = brain.parse_post(counting, 512, row)
     assert next(calls) < 250
     assert 512 - 8 <= len(tokenizer(example.prompt).input_ids) <= 512, "as much as fits"
 
@@ -2662,7 +2662,7 @@ def test_a_reward_is_the_number_that_was_returned(tmp_path):
     (tmp_path / "neighbour.py").write_text("LETTER = 'a'\n")
     (tmp_path / "own_judge.py").write_text(JUDGE_FILE)
     (tmp_path / "random.py").write_text("def reward(p, r, f):\n    return [1.0] * len(r)\n")
-    brain.load_function(tmp_path / "random.py")
+    brain.load_function(None, tmp_path / "random.py")
     assert sys.modules["random"] is random, "a FILE.py is not in the way of another module"
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "{{ messages[0].content }}, so"
