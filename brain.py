@@ -462,7 +462,7 @@ def forward(model, cache, prompt_mask, tokens, branch_mask):
                  position_ids=seen.sum(-1) - 1, past_key_values=cache)
 
 def prefill(model, prompt, cache):
-    """Fill a cache with the prompts (B, P), with gradients; returns the prompts' mask (B, P)."""
+    """Fills a cache with the prompts (B, P), differentiably; returns their mask (B, P)."""
     mask = prompt >= 0
     forward(model.base_model, cache, mask[:, :0], prompt, mask.new_ones(mask.shape[1:] * 2).tril())
     return mask
@@ -492,17 +492,17 @@ def score_reward(reward_model, batch: Batch) -> Tensor:
 class Columns(transformers.StaticLayer):
     """A layer's keys and values in tensors that stay where they are, (B, heads, P + n·R, d): first
     the prompt's, then those of the branches."""
-    filled = 0
+    shown = 0  # columns that are returned
 
     def update(self, keys, values, *args, **kwargs):
-        """Writes columns (autocast leaves some keys in fp32). Returns those that are filled; after
-        the prompt a card reads all, as a graph wants shapes that stay."""
-        self.filled += self.max_cache_len if self.filled and not keys.is_cpu else keys.shape[2]
-        return [x[:, :, : self.filled] for x in super().update(keys.to(values.dtype), values)]
+        """Writes columns (autocast leaves some keys in fp32). Returns those filled so far; a card
+        gets all after the prompt, as a graph needs fixed shapes."""
+        self.shown += self.max_cache_len if self.shown and not keys.is_cpu else keys.shape[2]
+        return [x[:, :, : self.shown] for x in super().update(keys.to(values.dtype), values)]
 
 def repeatable(work):
-    """Does a card's work, which changes tensors in place, and returns what does it again: a launch
-    of all its kernels at once, unless it waits for the host, as the experts of a mixture do."""
+    """Does a card's work, which changes tensors in place, and returns a function that repeats it:
+    all kernels in one launch, unless some make the host wait, as those of mixtures of experts."""
     with warnings.catch_warnings(record=True, action="always") as told:
         torch.cuda.set_sync_debug_mode("warn")
         work()  # kernels are chosen, and autocast casts the weights, before the graph is recorded
@@ -520,8 +520,8 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
            generator=None) -> tuple[list, Tensor]:
     """n responses to each prompt from softmax(logits / temperature), nothing truncated: ids (B, n),
     with an end (eos_id, or one of several) unless cut, and log q′ (B, n), nats in fp32. Each token
-    is where a uniform number falls in the summed softmax; with a list of generators, one to a
-    prompt, a prompt's samples do not depend on the others."""
+    is where a uniform number falls in the softmax's running sum. With a list of generators, one to
+    each prompt, a prompt's samples do not depend on the others."""
     generators = generator if isinstance(generator, list) else [generator] * len(prompts)
     uniform = torch.stack([torch.rand(n, max_new_tokens, generator=g, dtype=torch.float64)
                            for g in generators]).to(model.device)  # (B, n, R)
@@ -530,9 +530,9 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
     cache = transformers.Cache(layer_class_to_replicate=partial(Columns, columns))
     mask, ids = prefill(model, batch.prompt, cache), batch.branch  # (B, P); last ids, (B, n, 1)
     ends = [eos_id] if isinstance(eos_id, int) else eos_id
-    last, own = ids.new_tensor(ends), mask.new_ones(n).diag()  # (n, n): a branch sees its own
+    stop, own = ids.new_tensor(ends), mask.new_ones(n).diag()  # (n, n): a branch sees its own
     tokens = ids.new_empty(uniform.shape)  # (B, n, R), anything after the end
-    log_q, alive = torch.zeros_like(ids).float(), ids >= 0  # (B, n, 1): all are, as yet
+    log_q, alive = torch.zeros_like(ids).float(), ids >= 0  # (B, n, 1): none has ended
     steps, step = torch.arange(max_new_tokens, device=ids.device), ids.new_zeros(1)  # (R,), (1,)
 
     def draw():
@@ -546,7 +546,7 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
         ids.copy_(torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1))
         log_q.add_(log_p.gather(-1, ids).where(alive, 0))
         tokens.index_copy_(-1, step, ids)
-        alive.logical_and_(~torch.isin(ids, last))
+        alive.logical_and_(~torch.isin(ids, stop))
         step.add_(1)
 
     draw_again = repeatable(draw) if ids.is_cuda else draw
