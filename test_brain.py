@@ -1038,17 +1038,19 @@ def test_samples_are_those_of_a_plain_sampler(family):
 
 @pytest.mark.parametrize("family", STATIC)
 def test_a_card_draws_the_same(family, monkeypatch):
-    """Catches columns that are not filled yet and are seen on a card, which reads all of them (on a
-    CPU, by a pretended card), and a graph that does not do what it has recorded (on a card)."""
-    model, found = build_model(family, **STATIC[family]), []
+    """Catches columns that are not filled yet and are seen on a card, which reads all of them, a
+    token that it draws twice or not at all, and no graph (on a CPU, by a pretended card); on a
+    card, a graph that does not do what it has recorded."""
+    model, found, done = build_model(family, **STATIC[family]), [], []
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     for _ in range(2):
         generators = [brain.make_generator(i) for i in (0, 1, 2)]
         found.append(brain.sample(model, [draw_ids(23, 3), draw_ids(1, 4), draw_ids(9, 5)], 3, 16,
                                   eos_id=0, generator=generators))
-        monkeypatch.setattr(brain, "repeatable", lambda work: work() or work)
+        monkeypatch.setattr(brain, "repeatable", lambda work: done.append(work()) or work)
         monkeypatch.setattr(Tensor, "is_cpu", False)
-    assert found[0][0] == found[1][0]
+        monkeypatch.setattr(Tensor, "is_cuda", True)
+    assert found[0][0] == found[1][0] and len(done) == 1
     near(found[0][1], found[1][1])
 
 @pytest.mark.parametrize("waits", [False, True])
