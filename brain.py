@@ -238,33 +238,33 @@ def parse_config(argv: list[str] | None = None) -> Config:
     return cfg
 
 # ---- Data: four tasks, one Example --------------------------------------------------------------
-TLDR_URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
-HH_URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
 TLDR, TURN = "\n\nTL;DR:", "\n\nAssistant:"
 KEYS, FILLERS = "sun moon star rain".split(), "the a of in".split()
 Example = namedtuple("Example", "prompt reference chosen rejected", defaults=[None] * 3)
 # All are texts, but a prompt may be a list of chat messages. An answer brings its leading space.
 
-def read_rows(cfg, source, name, parse):
-    """Yields parse(row) of the file NAME below --data_dir, .jsonl or .jsonl.gz, which comes from
-    source/NAME if it is absent; errors say file:line."""
-    path, url = Path(cfg.data_dir, name), f"{source}/{name}"
-    with explain(f"{path} (--data_dir names its folder)"):
-        if source and not path.exists():
-            print(f"fetching {url} to {path}")
-            os.makedirs(path.parent, exist_ok=True)
-            with explain(url), open(f"{path}.part", "wb") as part:
-                file_download.http_get(url, part)  # which checks its length
-            os.replace(part.name, path)
-        unpack = gzip.decompress if path.suffix == ".gz" else bytes  # refuses a truncated .gz
-        lines = unpack(path.read_bytes()).splitlines()
+def read_files(source, pattern, parse, cfg, split, tokenizer):
+    """Yields parse(row, cfg, tokenizer) of files below --data_dir, .jsonl or .jsonl.gz. An absent
+    one comes from the same place below source, if there is one. Errors say file:line."""
+    names = [pattern.format(split=split, subset=subset) for subset in cfg.hh_subsets.split()]
+    for name in dict.fromkeys(names):  # a pattern without a subset names one file
+        path, url = Path(cfg.data_dir, name), f"{source}/{name}"
+        with explain(f"{path} (--data_dir names its folder)"):
+            if source and not path.exists():
+                print(f"fetching {url} to {path}")
+                os.makedirs(path.parent, exist_ok=True)
+                with explain(url), open(f"{path}.part", "wb") as part:
+                    file_download.http_get(url, part)  # which checks its length
+                os.replace(part.name, path)
+            unpack = gzip.decompress if path.suffix == ".gz" else bytes  # refuses a truncated .gz
+            lines = unpack(path.read_bytes()).splitlines()
 
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            with explain(f"{path}:{number}"):
-                example = parse(json.loads(line))  # bytes may begin with a BOM
-                json.dumps(example, ensure_ascii=False).encode()  # refuses lone surrogates
-            yield example
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                with explain(f"{path}:{number}"):
+                    example = parse(json.loads(line), cfg, tokenizer)  # bytes may begin with a BOM
+                    json.dumps(example, ensure_ascii=False).encode()  # refuses lone surrogates
+                yield example
 
 def text_at(row, key, kinds=str):
     """row[key], which must be a text, or of these kinds."""
@@ -272,7 +272,7 @@ def text_at(row, key, kinds=str):
     refuse_if(not isinstance(value, kinds), f"{key} is absent, or no text")
     return value
 
-def parse_example(row):
+def parse_example(row, cfg, tokenizer):
     """A user's row, of Example's fields: texts, or lists of chat messages as TRL writes them."""
     given = {key: text_at(row, key, str | list | None) for key in Example._fields}
     refuse_if(not str(given["prompt"] or "").strip(), "a row must be an object with a prompt")
@@ -286,35 +286,23 @@ def parse_example(row):
             given[key] = turns if key == "prompt" else texts[1]
     return Example(**given)
 
-def read_jsonl(cfg, split, tokenizer):
-    return read_rows(cfg, None, f"{split}.jsonl", parse_example)
-
-def parse_dialogue(row):
+def parse_dialogue(row, cfg, tokenizer):
     """A row of HH, cut at its last turn; None where prompts differ or an answer is empty."""
     prompt, turn, chosen = text_at(row, "chosen").rpartition(TURN)
     other, _, rejected = text_at(row, "rejected").rpartition(TURN)
     if prompt == other and turn and chosen.strip() and rejected.strip():
         return Example(prompt + turn, chosen, chosen, rejected)
 
-def read_hh(cfg, split, tokenizer):
-    """Anthropic's dialogues, one subset after the other."""
-    for subset in cfg.hh_subsets.split():
-        yield from read_rows(cfg, HH_URL, f"{subset}/{split}.jsonl.gz", parse_dialogue)
-
-def parse_post(tokenizer, limit, row):
+def parse_post(row, cfg, tokenizer):
     """A row of tldr_3_filtered as a query; None for an empty summary. A post that is too long is
     cut as OpenAI did: at its last newline, again and again; within its first line, at any place."""
     head = f"SUBREDDIT: r/{text_at(row, 'subreddit')}\n\nTITLE: {text_at(row, 'title')}\n\nPOST: "
     post, summary = text_at(row, "post"), text_at(row, "summary").strip()
+    limit = cfg.max_prompt_tokens
     while post and (over := len(tokenizer(head + post + TLDR).input_ids) - limit) > 0:
         post = post[: len(post) + 1 - math.ceil(over / 4)]  # a character is 4 tokens at most
         post = post[: post.rfind("\n")]  # its last character, if there is no newline: −1
     return Example(head + post + TLDR, f" {summary}") if summary else None
-
-def read_tldr(cfg, split, tokenizer):
-    """OpenAI's filtered posts and their summaries."""
-    name = f"datasets/tldr_3_filtered/{split}.jsonl"
-    return read_rows(cfg, TLDR_URL, name, partial(parse_post, tokenizer, cfg.max_prompt_tokens))
 
 def read_toy(cfg, split, tokenizer):
     """Yields prompts of six words, some of them key words: a good summary lists each of these."""
@@ -340,12 +328,18 @@ TASKS = {
         max_prompt_tokens=16, max_response_tokens=4, max_comparison_tokens=4, sft_lr=3e-3, lr=2e-3,
         sft_epochs=4, reward_lr=1e-3, reward_epochs=4, steps=400, kl_coef=0.4, save_every=50,
         prompts_per_refresh=64)),
-    "tldr": Task(read_tldr, dict(
+    "tldr": Task(partial(
+        read_files, "https://openaipublic.blob.core.windows.net/summarize-from-feedback",
+        "datasets/tldr_3_filtered/{split}.jsonl", parse_post), dict(
         data_dir="data/tldr", prior="cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr",
         reward="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr", device="cuda", sft_lr=3e-6,
         sft_batch=128, temperature=0.7, max_response_tokens=53, max_comparison_tokens=169)),
-    "hh": Task(read_hh, dict(data_dir="data/hh-rlhf", prior="lomahony/eleuther-pythia1b-hh-sft")),
-    "jsonl": Task(read_jsonl, dict(data_dir="data"))}
+    "hh": Task(partial(
+        read_files, "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main",
+        "{subset}/{split}.jsonl.gz", parse_dialogue), dict(
+        data_dir="data/hh-rlhf", prior="lomahony/eleuther-pythia1b-hh-sft")),
+    "jsonl": Task(partial(read_files, None, "{split}.jsonl", parse_example), dict(
+        data_dir="data"))}
 
 def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
     """A split, train or test, less broken rows and long prompts, which are counted; or Stop."""
@@ -654,22 +648,20 @@ def judge_texts(path, reward, run, batch):
         refuse_if(found.shape != (len(rows),), f"their shape is {[*found.shape]}")
     return found.view_as(batch.length).clone()  # theirs may change
 
-def load_function(run, path):
-    """Rewards by the function `reward` of FILE.py, a module that may import its neighbours."""
-    module = module_from_spec(spec_from_file_location(path.stem, path))
-    sys.modules.setdefault(path.stem, module)  # the processes that it starts look for it there
-    sys.path.insert(0, str(path.parent))
-    with users_code(path):
-        module.__spec__.loader.exec_module(module)
-    reward = getattr(module, "reward", None)
-    refuse_if(not callable(reward) or inspect.iscoroutinefunction(reward),
-              f"{path} has no plain reward(prompts, responses, references)")
-    return partial(judge_texts, path, reward, run)
-
 def load_reward(run, source, prior):
     """What gives a batch its rewards (b, n): a reward model, or the function of FILE.py."""
     if source.endswith(".py"):
-        return load_function(run, Path(source).resolve())
+        path = Path(source).resolve()
+        module = module_from_spec(spec_from_file_location(path.stem, path))
+        sys.modules.setdefault(path.stem, module)  # the processes that it starts look for it there
+        sys.path.insert(0, str(path.parent))  # its neighbours can be imported
+        with users_code(path):
+            module.__spec__.loader.exec_module(module)
+        reward = getattr(module, "reward", None)
+        refuse_if(not callable(reward) or inspect.iscoroutinefunction(reward),
+                  f"{path} has no plain reward(prompts, responses, references)")
+        return partial(judge_texts, path, reward, run)
+
     model, own = load(run, AutoModelForSequenceClassification, source)
     way, ours = ((t.get_vocab(), t.eos_token, t(TURN).input_ids) for t in (own, run.tokenizer))
     V, known = (m.get_input_embeddings().num_embeddings for m in (prior, model))
@@ -733,14 +725,8 @@ class Run:
         with explain(f"--out {self.out} cannot be written", Guard):
             if not (self.out / "state.pt").exists():  # from here on, whenever a kill may come
                 self.save()
-            self.write("metrics.jsonl", self.state["metrics"])
-            self.write("config.json", json.dumps(asdict(self.cfg), indent=1))
-
-    def write(self, name, text):
-        """Replace a text file of the folder in one move."""
-        part = self.out / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, self.out / name)
+            (self.out / "metrics.jsonl").write_text(self.state["metrics"])
+            (self.out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
 
     def save(self, **parts):
         """Replace state.pt in one move: the run's state, with these parts of it."""
@@ -1042,9 +1028,9 @@ def report(run, result, figures, samples):
         row = [f"{x[key][0]:.3f} ± {x[key][1]:.3f}" if key in x else "" for x in figures.values()]
         lines.append(f"| {key} | {' | '.join(row)} |")
 
-    run.write("report.md", "\n".join([*lines, ""]))
-    run.write("samples.jsonl", "".join(f"{json.dumps(sample)}\n" for sample in samples))
-    run.write("result.json", json.dumps(result | {"config": asdict(run.cfg)}))
+    (run.out / "report.md").write_text("\n".join([*lines, ""]), "utf-8")
+    (run.out / "samples.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in samples))
+    (run.out / "result.json").write_text(json.dumps(result | {"config": asdict(run.cfg)}))
     print(*lines, f"{run.out} has report.md, samples.jsonl, result.json, metrics.jsonl and policy/",
           json.dumps(result), sep="\n")
 

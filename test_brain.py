@@ -1420,7 +1420,7 @@ def test_long_posts_are_cut_in_near_linear_time(glue):
         return tokenizer(text)
 
     row = {**POST, "post": glue.join(["it was no day for me ."] * 2000)}
-    example = brain.parse_post(counting, 512, row)
+    example = brain.parse_post(row, brain.Config(), counting)  # of 512 tokens
     assert next(calls) < 250
     assert 512 - 8 <= len(tokenizer(example.prompt).input_ids) <= 512, "as much as fits"
 
@@ -1502,7 +1502,9 @@ def test_absent_files_are_fetched(task, tmp_path, monkeypatch, capsys):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
     url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(brain, f"{task.upper()}_URL", url)
+    found = brain.TASKS[task].read
+    found = partial(found.func, url, *found.args[1:])
+    monkeypatch.setitem(brain.TASKS, task, brain.TASKS[task]._replace(read=found))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's attempts
 
     server.short = True
@@ -2136,9 +2138,9 @@ SIGNALS = {"before": signal.SIGKILL, "wait": signal.SIGSTOP}
 NEW, AGAIN = 0, 1  # a run in a new folder, and the same command once it is finished
 FAULTS = {  # how: status, and where it strikes: a run, an operation, which of this name
     "before": (-9, [(NEW, "os.rename state.pt.part", 0), (AGAIN, "os.rename policy.part", 0)]),
-    "after": (-9, [(NEW, "open config.json.part", 0), (NEW, "open state.pt.part", 5)]),
+    "after": (-9, [(NEW, "open config.json", 0), (NEW, "open state.pt.part", 5)]),
     "stop": (130, [(NEW, "open tokenizer_config.json", 2)]),
-    "full": (1, [(NEW, "open metrics.jsonl", 8), (NEW, "fsync state.pt.part", 4)]),
+    "full": (1, [(NEW, "open metrics.jsonl", 9), (NEW, "fsync state.pt.part", 4)]),
     "limit": (1, [(NEW, "open state.pt.part", 5), (NEW, "os.mkdir reward.part", 0)])}
 
 def few_rows(cfg, split, tokenizer):
@@ -2240,7 +2242,7 @@ def unbroken(tmp_path_factory):
 def stopped(unbroken, tmp_path_factory):
     """The folder of a run that was killed in stage 3, a step behind its last state."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    run_in(out, -9, at=nth(unbroken[1][NEW], "open metrics.jsonl", 19), how="before")
+    run_in(out, -9, at=nth(unbroken[1][NEW], "open metrics.jsonl", 20), how="before")
     assert state_of(out) == ("brain", 4, 1) and steps_of(out, "brain") == 5
     return out
 
@@ -2313,13 +2315,13 @@ def test_spoilt_and_continued(what, unbroken, stopped, tmp_path):
 def test_the_folder_is_claimed_before_the_first_step(unbroken, tmp_path):
     """Catches a run that dies before it has trained, and then goes on as another run."""
     out = tmp_path / "run"
-    run_in(out, 130, at=nth(unbroken[1][NEW], "open metrics.jsonl", 0), how="stop")
+    run_in(out, 130, at=nth(unbroken[1][NEW], "open metrics.jsonl", 1), how="stop")
     assert not lines_of(out) and re.search("seed.*0.*1", run_in(out, 2, seed=1))
 
 def test_two_runs_at_once(unbroken, stopped, tmp_path):
     """Catches two processes that write into one folder, and a lock that outlives its process."""
     out = shutil.copytree(stopped, tmp_path / "run")
-    at = nth(unbroken[1][AGAIN], "os.rename metrics.jsonl.part", 0)
+    at = nth(unbroken[1][AGAIN], "open metrics.jsonl", 0)
     child = fork(out, fault(out, at, "wait"), False, **BRIEF)
     os.waitpid(child, os.WUNTRACED)
     try:
@@ -2664,7 +2666,7 @@ def test_a_reward_is_the_number_that_was_returned(tmp_path):
     (tmp_path / "neighbour.py").write_text("LETTER = 'a'\n")
     (tmp_path / "own_judge.py").write_text(JUDGE_FILE)
     (tmp_path / "random.py").write_text("def reward(p, r, f):\n    return [1.0] * len(r)\n")
-    brain.load_function(None, tmp_path / "random.py")
+    brain.load_reward(None, str(tmp_path / "random.py"), None)
     assert sys.modules["random"] is random, "a FILE.py is not in the way of another module"
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "{{ messages[0].content }}, so"
