@@ -23,11 +23,10 @@ Stages of `python brain.py --task toy|tldr|hh|jsonl`; a checkpoint that is given
 
 Departures from the paper:
     1 Its hyper-parameters could not be reached: the defaults are our own.
-    2 Prior, policy and posterior are all of softmax(logits/temperature), 0.7 on tldr.
+    2 Prior, policy and posterior all use softmax(logits/temperature), 0.7 on tldr.
     3 The proposal is the policy of the last refresh; the abstract describes --proposal prior.
-    4 log q′ is the policy's score of the samples, not the sampler's own: rounding cancels in β̂.
-    5 A response without an end pays missing_eos_penalty.
-    6 Supervised fine-tuning averages nats over a response's tokens.
+    4 log q′ is scored again by the proposal, not the sampler's own sum: rounding cancels in β̂.
+    5 A response without an end pays missing_eos_penalty; sft averages nats over tokens.
 """
 
 import contextlib
@@ -65,7 +64,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 @dataclass(frozen=True)
 class Config:
     """A run. Each field is a flag, its comment the flag's help; default < task's preset < flag."""
-    # what
     task: str = "toy"  # toy, tldr, hh or jsonl: what to learn, from which files (see TASKS)
     out: str | None = None  # the run's folder; out/TASK by default
     check: bool = False  # print the derivation checks, nothing else
@@ -80,8 +78,8 @@ class Config:
     # limits
     max_prompt_tokens: int = 512  # longer prompts are skipped; tldr cuts its posts
     max_response_tokens: int = 128  # limit of sampling and of sft, the end included
-    max_comparison_tokens: int = 256  # limit of the responses that train a reward model
-    micro_batch_tokens: int = 16384  # tokens a forward pass; lower it if memory runs out
+    max_comparison_tokens: int = 256  # limit of answers for a reward model, and of references
+    micro_batch_tokens: int = 16384  # a pass; one of a response counts 1 + V/2¹⁶, for logits
     save_every: int = 100  # steps between saved states, rounded up to whole refreshes
     # stages 1 and 2
     sft_lr: float = 1e-5  # first learning rate of stage 1; each decays linearly to 0
@@ -95,26 +93,27 @@ class Config:
     steps: int = 1000  # optimizer steps of stage 3
     samples_per_prompt: int = 8  # n, at least 2
     prompts_per_step: int = 32  # prompts a step of stage 3
-    prompts_per_refresh: int = 128  # prompts sampled at a time: a multiple of the above
+    prompts_per_refresh: int = 128  # prompts sampled at a refresh: a multiple of the above
     temperature: float = 1.0  # after sft, every model is softmax(logits / temperature)
     missing_eos_penalty: float = 1.0  # reward units, off a response without an end
     kl_coef: float = 0.5  # reward units that a nat of KL to the prior costs; small is greedy
     target: Literal["posterior", "argmax"] = "posterior"  # alpha: the posterior, or the best sample
     baseline: Literal["none", "unnormalized", "self_normalized"] = "self_normalized"  # brain_loss
-    divergence: Literal["forward", "reverse", "log_variance"] = "forward"  # a KL or ½ Var
+    divergence: Literal["forward", "reverse", "log_variance"] = "forward"  # brain_loss
     proposal: Literal["lagged", "prior"] = "lagged"  # who samples: the policy, or the prior
     max_grad_norm: float = 1.0  # larger gradients are scaled down to this norm
     # evaluation
     eval_prompts: int = 256  # held-out prompts, at least 3
     eval_samples: int = 4  # responses to each of them, at least 2
 
-# ---- The paper: pure functions of (B, n) log-probabilities and rewards, in their own dtype ------
+# ---- The paper: functions of (B, n) log-probabilities and rewards, and checks of its equations --
 STANDARD = ("posterior", "self_normalized")  # target and baseline that the other divergences need
 Weights = namedtuple("Weights", "alpha_hat beta_hat")  # shares of the n samples, rows sum to 1
+Check = namedtuple("Check", "name claim error tolerance ok")  # error: largest absolute difference
 
 def snis_weights(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, reward: Tensor,
                  kl_coef: float, target: str = "posterior") -> Weights:
-    """α̂ of the posterior and β̂ of the policy (section 4), (B, n), from log-probabilities of whole
+    """α̂ of the posterior and β̂ of the policy (paper, 4), (B, n), from log-probabilities of whole
     responses, in nats, and rewards. ValueError: unequal shapes, kl_coef ≤ 0 or unknown target."""
     if not log_policy.shape == log_prior.shape == log_proposal.shape == reward.shape:
         raise ValueError("log_policy, log_prior, log_proposal and reward need one shape, (B, n)")
@@ -123,7 +122,7 @@ def snis_weights(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, re
 
     if target == "posterior":  # p(y|x, G=1) ∝ p(y|x)·exp(r/kl_coef), over q′; Z(x) cancels
         alpha_hat = (log_prior + reward / kl_coef - log_proposal).softmax(-1)  # (B, n)
-    elif target == "argmax":  # kl_coef → 0: all weight on the highest reward, shared among ties
+    elif target == "argmax":  # all weight on the highest reward, ties share: kl_coef near 0
         alpha_hat = F.normalize((reward == reward.amax(-1, keepdim=True)).to(reward), 1, -1)
     else:
         raise ValueError(f"target must be posterior or argmax, not {target!r}")
@@ -134,8 +133,8 @@ def brain_loss(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, rewa
                divergence: str = "forward") -> tuple[Tensor, Weights]:
     """BRAIn's loss, KL(α̂ ‖ β̂) by default, per prompt (B,) in nats, and the detached weights.
 
-    It is Σ α̂ (log nα̂ − ρ) + A(ρ), with the gradient −Σᵢ (α̂ᵢ − bᵢ) ∇log q_θ(yᵢ). All other inputs
-    are detached. A(ρ) estimates log Σ_y q_θ(y|x) = 0, and its slope in ρ is the baseline b:
+    It is Σ α̂ (log nα̂ − ρ) + A(ρ), with the gradient −Σᵢ (α̂ᵢ − bᵢ) ∇log q_θ(yᵢ). All inputs but
+    log_policy are detached. A(ρ) estimates log Σ_y q_θ(y|x) = 0; its slope in ρ is the baseline b:
 
         baseline          A(ρ), ρ = log q_θ − log q′    b           as in
         none              0                             0           DPG
@@ -143,9 +142,8 @@ def brain_loss(log_policy: Tensor, log_prior: Tensor, log_proposal: Tensor, rewa
         self_normalized   log mean exp(ρ)               β̂           BRAIn
 
     Divergence "reverse" is KL(β̂ ‖ α̂), the policy-gradient side. "log_variance" is half the
-    variance of log p + r/kl_coef − log q_θ over the samples: VarGrad, RLOO's gradient.
-    Inputs and errors are those of snis_weights; an unknown dial, or a divergence other than
-    "forward" beside another target or baseline than the default, is a ValueError, too."""
+    variance of log p + r/kl_coef − log q_θ over the samples: VarGrad, RLOO's gradient. Both need
+    the default target and baseline: else ValueError, as for what snis_weights refuses."""
     log_prior, log_proposal, reward = log_prior.detach(), log_proposal.detach(), reward.detach()
     alpha, beta = snis_weights(log_policy, log_prior, log_proposal, reward, kl_coef, target)
     rho = log_policy - log_proposal  # (B, n) ρ = log q_θ − log q′
@@ -173,9 +171,36 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     """Kish's 1/Σᵢwᵢ² per prompt (B,) of weights (B, n) that sum to 1: between 1 and n."""
     return 1 / weights.square().sum(-1)
 
-# ---- Command line, and errors told in one line --------------------------------------------------
-LEAST = dict(seed=0, missing_eos_penalty=0, samples_per_prompt=2, eval_samples=2, eval_prompts=3)
+def derivation_checks() -> list[Check]:
+    """Autograd's gradient of each loss against its formula, which is in exp and sums; float64."""
+    drawn = torch.randn(4, 3, 5, dtype=torch.float64, generator=make_generator("checks"))
+    (q, p, q1, r), kl_coef, n = drawn, 0.7, 5
+    q2, p2, _, r2 = drawn[..., :2]  # two samples of the prior, for DPO
+    ratio, w = (q - q1).exp(), r - kl_coef * (q - p)  # exp(ρ) = q_θ/q′; PPO's reward with its KL
+    alpha = F.normalize((p + r / kl_coef - q1).exp(), 1, -1)  # divided by the sum over n
+    beta = F.normalize(ratio, 1, -1)
+    sign = (r2 - r2.flip(-1)).sign()  # +1 chosen, −1 rejected
+    margin = (sign * (q2 - p2)).sum(-1, keepdim=True)  # Δ log(q_θ/p)
+    claims = [
+        ("baseline", "none", "−Σ α̂ ∇log q_θ: DPG", -alpha),
+        ("baseline", "unnormalized", "−Σ (α̂ − exp(ρ)/n) ∇log q_θ: GDC++", ratio / n - alpha),
+        ("baseline", "self_normalized", "−Σ (α̂ − β̂) ∇log q_θ: BRAIn", beta - alpha),
+        ("target", "argmax", "of −log σ(Δ log(q_θ/p)): DPO-sft's", -sign / (1 + margin.exp())),
+        ("divergence", "reverse", "−Σ β̂ (w − Σ β̂w) ∇log q_θ / kl_coef: PPO's, (n−1)/n of RLOO's",
+         -beta * (w - (beta * w).sum(-1, keepdim=True)) / kl_coef),
+        ("divergence", "log_variance", "−Σ (w − w̄)/(n − 1) ∇log q_θ / kl_coef: RLOO's",
+         (w.mean(-1, keepdim=True) - w) / (n - 1) / kl_coef)]
 
+    checks = []
+    for dial, name, claim, gradient in claims:
+        log_policy, *given = (q2, p2, p2, r2) if dial == "target" else (q, p, q1, r)
+        loss, _ = brain_loss(log_policy.requires_grad_(), *given, kl_coef, **{dial: name})
+        found, = torch.autograd.grad(loss.sum(), log_policy)
+        error = (found - gradient).abs().max().item()
+        checks.append(Check(name, claim, error, 1e-12, error <= 1e-12))
+    return checks
+
+# ---- Command line, and errors told in one line --------------------------------------------------
 class Stop(Exception):
     """A user's mistake: ends the program with one line, and status 2."""
 
@@ -183,7 +208,6 @@ class Guard(Stop):
     """A number that cannot be trusted, or a disk that is full: status 1, as for any other error."""
 
 def refuse_if(wrong, why):
-    """Stop for a user's mistake."""
     if wrong:
         raise Stop(why)
 
@@ -200,18 +224,17 @@ def one_line(error):
 
 @contextlib.contextmanager
 def explain(what, kind=Stop):
-    """What fails inside the block, but for want of memory, ends the program in one line that begins
-    with `what`, and if that is a FILE.py, with the line in it."""
+    """What fails inside (memory apart) ends the program with one line: `what`, and why."""
     try:
         yield
     except (Exception, SystemExit) as error:
         if out_of_memory(error):
             raise
-        lines = {frame.filename: f":{frame.lineno}" for frame in inspect.trace(0)}  # the innermost
+        lines = {frame.filename: f":{frame.lineno}" for frame in inspect.trace(0)}  # of a FILE.py
         raise kind(f"{what}{lines.get(str(what), '')}: {one_line(error)}") from error
 
 def parse_config(argv: list[str] | None = None) -> Config:
-    """The resolved configuration of a command line; Stop before anything is loaded."""
+    """The resolved configuration of a command line, or Stop, before anything is loaded."""
     parser = transformers.HfArgumentParser(Config, add_help=False, allow_abbrev=False)
     parser.error = partial(refuse_if, True)  # one line, no usage text
     given, _ = parser.parse_known_args(argv)  # what the user said, without a preset
@@ -224,9 +247,10 @@ def parse_config(argv: list[str] | None = None) -> Config:
     parser.format_help = lambda: f"{inspect.getsource(Config)}\n{given.task}'s preset: {preset}\n"
     cfg = Config(**vars(parser.parse_args(argv)))
 
+    low = dict(seed=0, missing_eos_penalty=0, samples_per_prompt=2, eval_samples=2, eval_prompts=3)
     for name, value in asdict(cfg).items():
         refuse_if(value == "" or not str(value).isprintable(), f"--{name} is empty or unprintable")
-        least = LEAST.get(name, 1 if type(value) is int else 1e-12)
+        least = low.get(name, 1 if type(value) is int else 1e-12)
         refuse_if(type(value) in (int, float) and not least <= value <= 1e9,
                   f"--{name} must be between {least} and 1e9, not {value}")
     refuse_if(cfg.base and cfg.prior, "--base is fine-tuned into the prior: give only one of them")
@@ -237,15 +261,14 @@ def parse_config(argv: list[str] | None = None) -> Config:
               f"--divergence {cfg.divergence} needs --target posterior, --baseline self_normalized")
     return cfg
 
-# ---- Data: four tasks, one Example --------------------------------------------------------------
+# ---- Data: four tasks, one Example; texts and ids -----------------------------------------------
 TLDR, TURN = "\n\nTL;DR:", "\n\nAssistant:"
 KEYS, FILLERS = "sun moon star rain".split(), "the a of in".split()
 Example = namedtuple("Example", "prompt reference chosen rejected", defaults=[None] * 3)
-# All are texts, but a prompt may be a list of chat messages. An answer brings its leading space.
+# Texts or None; a prompt may be chat messages. An answer brings its leading space, if any.
 
-def read_files(source, pattern, parse, cfg, split, tokenizer):
-    """Yields parse(row, cfg, tokenizer) of files below --data_dir, .jsonl or .jsonl.gz. An absent
-    one comes from the same place below source, if there is one. Errors say file:line."""
+def read_files(parse, pattern, source, cfg, split, tokenizer):
+    """Yields parse(row, limit, tokenizer) of JSON lines in --data_dir; source has absent files."""
     names = [pattern.format(split=split, subset=subset) for subset in cfg.hh_subsets.split()]
     for name in dict.fromkeys(names):  # a pattern without a subset names one file
         path, url = Path(cfg.data_dir, name), f"{source}/{name}"
@@ -257,12 +280,12 @@ def read_files(source, pattern, parse, cfg, split, tokenizer):
                     file_download.http_get(url, part)  # which checks its length
                 os.replace(part.name, path)
             unpack = gzip.decompress if path.suffix == ".gz" else bytes  # refuses a truncated .gz
-            lines = unpack(path.read_bytes()).splitlines()
+            lines = unpack(path.read_bytes()).splitlines()  # bytes, as they may begin with a BOM
 
         for number, line in enumerate(lines, 1):
             if line.strip():
                 with explain(f"{path}:{number}"):
-                    example = parse(json.loads(line), cfg, tokenizer)  # bytes may begin with a BOM
+                    example = parse(json.loads(line), cfg.max_prompt_tokens, tokenizer)
                     json.dumps(example, ensure_ascii=False).encode()  # refuses lone surrogates
                 yield example
 
@@ -272,7 +295,7 @@ def text_at(row, key, kinds=str):
     refuse_if(not isinstance(value, kinds), f"{key} is absent, or no text")
     return value
 
-def parse_example(row, cfg, tokenizer):
+def parse_example(row, limit, tokenizer):
     """A user's row, of Example's fields: texts, or lists of chat messages as TRL writes them."""
     given = {key: text_at(row, key, str | list | None) for key in Example._fields}
     refuse_if(not str(given["prompt"] or "").strip(), "a row must be an object with a prompt")
@@ -286,19 +309,17 @@ def parse_example(row, cfg, tokenizer):
             given[key] = turns if key == "prompt" else texts[1]
     return Example(**given)
 
-def parse_dialogue(row, cfg, tokenizer):
+def parse_dialogue(row, limit, tokenizer):
     """A row of HH, cut at its last turn; None where prompts differ or an answer is empty."""
     prompt, turn, chosen = text_at(row, "chosen").rpartition(TURN)
     other, _, rejected = text_at(row, "rejected").rpartition(TURN)
     if prompt == other and turn and chosen.strip() and rejected.strip():
         return Example(prompt + turn, chosen, chosen, rejected)
 
-def parse_post(row, cfg, tokenizer):
-    """A row of tldr_3_filtered as a query; None for an empty summary. A post that is too long is
-    cut as OpenAI did: at its last newline, again and again; within its first line, at any place."""
+def parse_post(row, limit, tokenizer):
+    """A post as a query, cut as OpenAI did: at newlines, and within its first line at any place."""
     head = f"SUBREDDIT: r/{text_at(row, 'subreddit')}\n\nTITLE: {text_at(row, 'title')}\n\nPOST: "
     post, summary = text_at(row, "post"), text_at(row, "summary").strip()
-    limit = cfg.max_prompt_tokens
     while post and (over := len(tokenizer(head + post + TLDR).input_ids) - limit) > 0:
         post = post[: len(post) + 1 - math.ceil(over / 4)]  # a character is 4 tokens at most
         post = post[: post.rfind("\n")]  # its last character, if there is no newline: −1
@@ -320,26 +341,24 @@ def read_toy(cfg, split, tokenizer):
             drafts[1:] = drafts[2], drafts[1]  # is noisy, and may choose the worse one
         yield Example(*map(" ".join, [words, *drafts]))
 
-# A task is one entry of TASKS: read(cfg, split, tokenizer) yields Examples, None for a broken row,
-# and the preset is what differs from Config. tldr's and hh's are for 1B checkpoints on an H100.
+# A task is one entry here: read(cfg, split, tokenizer) yields Examples, None for a broken row, and
+# preset is what differs from Config, for tldr and hh with 1B checkpoints on an H100.
 Task = namedtuple("Task", "read preset")
 TASKS = {
     "toy": Task(read_toy, dict(
         max_prompt_tokens=16, max_response_tokens=4, max_comparison_tokens=4, sft_lr=3e-3, lr=2e-3,
         sft_epochs=4, reward_lr=1e-3, reward_epochs=4, steps=400, kl_coef=0.4, save_every=50,
         prompts_per_refresh=64)),
-    "tldr": Task(partial(
-        read_files, "https://openaipublic.blob.core.windows.net/summarize-from-feedback",
-        "datasets/tldr_3_filtered/{split}.jsonl", parse_post), dict(
-        data_dir="data/tldr", prior="cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr",
-        reward="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr", device="cuda", sft_lr=3e-6,
-        sft_batch=128, temperature=0.7, max_response_tokens=53, max_comparison_tokens=169)),
-    "hh": Task(partial(
-        read_files, "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main",
-        "{subset}/{split}.jsonl.gz", parse_dialogue), dict(
-        data_dir="data/hh-rlhf", prior="lomahony/eleuther-pythia1b-hh-sft")),
-    "jsonl": Task(partial(read_files, None, "{split}.jsonl", parse_example), dict(
-        data_dir="data"))}
+    "tldr": Task(partial(read_files, parse_post, "datasets/tldr_3_filtered/{split}.jsonl",
+                         "https://openaipublic.blob.core.windows.net/summarize-from-feedback"),
+                 dict(data_dir="data/tldr", prior="cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr",
+                      reward="cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr", sft_lr=3e-6,
+                      sft_batch=128, temperature=0.7, device="cuda", max_response_tokens=53,
+                      max_comparison_tokens=169)),
+    "hh": Task(partial(read_files, parse_dialogue, "{subset}/{split}.jsonl.gz",
+                       "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"),
+               dict(data_dir="data/hh-rlhf", prior="lomahony/eleuther-pythia1b-hh-sft")),
+    "jsonl": Task(partial(read_files, parse_example, "{split}.jsonl", None), dict(data_dir="data"))}
 
 def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
     """A split, train or test, less broken rows and long prompts, which are counted; or Stop."""
@@ -353,7 +372,6 @@ def load_task(cfg: Config, split: str, tokenizer) -> list[Example]:
     refuse_if(len(examples) < (3 if split == "test" else 1), f"too few rows, test needs 3: {said}")
     return examples
 
-# ---- Texts and ids: what is judged is what was written ------------------------------------------
 def render(tokenizer, prompt, answer=None):
     """The text of a prompt, or of an answer to it; of a chat, as the tokenizer's template says."""
     if isinstance(prompt, str):
@@ -368,14 +386,13 @@ def render(tokenizer, prompt, answer=None):
     return whole.removeprefix(text)
 
 def encode_prompt(tokenizer, prompt):
-    """Ids of a prompt; what the tokenizer puts first stands there once, in a chat's, too."""
+    """Ids of a prompt; where tokenizer and chat template both write a BOS, it stands there once."""
     first = tokenizer.decode(tokenizer("").input_ids)
     return tokenizer(render(tokenizer, prompt).removeprefix(first)).input_ids
 
 def encode_after(tokenizer, text):
-    """Ids of a text that continues another: behind a prefix that does not merge with it, whose ids
-    are dropped. Alone, SentencePiece (Llama 2, Mistral) would put a space before it."""
-    for prefix in ("\n", "a", ""):
+    """Ids of a text behind a prefix, less the prefix's: alone, SentencePiece would add a space."""
+    for prefix in ("\n", "a", ""):  # the first that does not merge with the text
         ids, known = tokenizer([prefix + text, prefix], add_special_tokens=False).input_ids
         if ids[: len(known)] == known:
             return ids[len(known) :]
@@ -397,8 +414,7 @@ def response_text(tokenizer, ids, ends, skip=True):
     return decode(before + ids).removeprefix(decode(before))
 
 def check_texts(tokenizer, examples):
-    """Stop unless prompts and answers read back as they were given, but for their Unicode form, a
-    leading space, and space beside special tokens (Phi-3's swallow it, old Llama files add one)."""
+    """Stop unless texts read back as given, but for Unicode forms and spaces at special tokens."""
     name, special = tokenizer.name_or_path, "|".join(map(re.escape, tokenizer.get_added_vocab()))
     normal = tokenizers.normalizers.NFKC().normalize_str
     for prompt, *answers in examples:
@@ -415,8 +431,7 @@ def check_texts(tokenizer, examples):
 #                        x₁ x₂ ·     x₃ᵃ y₁ᵃ y₂ᵃ x₃ᵇ y₁ᵇ y₂ᵇ       (cache, then row of branches)
 #          predicts y₂ᵃ  #  #        #   #
 #          predicts y₂ᵇ  #  #                    #   #
-# A token's position is the number of the others that it sees. Scoring feeds whole branches,
-# sampling a token of each at a time: P + nR tokens (README, "The cost of a step").
+# A token's position is how many others it sees. Scoring feeds branches, sampling a token of each.
 
 @dataclass
 class Batch:
@@ -424,30 +439,27 @@ class Batch:
     prompt: Tensor  # (B, P) ids without the last one, padded by one −1 or more
     branch: Tensor  # (B, n, 1 + R) ids: the prompt's last one, then the response's, padded
     length: Tensor  # (B, n) tokens of each response
-    prompts: list  # the prompts' ids, whole
     responses: list  # the responses' ids
     examples: list | None = None  # the Examples of which the prompts are
     log_sampled: Tensor | None = None  # log q′, by the sampler itself
-    log_prior: Tensor | None = None  # log p and log q′, scored
-    log_proposal: Tensor | None = None
+    log_prior: Tensor | None = None  # log p, scored
+    log_proposal: Tensor | None = None  # log q′, scored
     reward: Tensor | None = None  # less the penalty
     figures: dict | None = None  # what is reported of each response
 
 def pack(prompts, responses, device="cpu") -> Batch:
-    """Ids of B prompts with n responses each, ends included: pack([[5, 6, 7]], [[[8, 0], [9]]]) has
-    the prompt [[5, 6, −1]], the branch [[[7, 8, 0], [7, 9, −1]]] and the length [[2, 1]].
-    ValueError: no prompt, or a ragged n."""
+    """Ids of B prompts, n responses each. pack([[5, 6, 7]], [[[8, 0], [9]]]): prompt [[5, 6, −1]],
+    branch [[[7, 8, 0], [7, 9, −1]]] and length [[2, 1]]. ValueError: no prompt, or a ragged n."""
     if not all(prompts) or len({len(ys) for ys in responses}) != 1:
         raise ValueError("pack needs prompts of a token or more, and n responses to each")
     rows = [x[-1:] + y for x, ys in zip(prompts, responses, strict=True) for y in ys]  # (B·n)
     pad = partial(itertools.zip_longest, fillvalue=-1)  # gives columns
     prompt = torch.tensor([*pad(*[(*x[:-1], -1) for x in prompts])], device=device).T
     branch = torch.tensor([*pad(*rows)], device=device).T.unflatten(0, (len(prompts), -1))
-    return Batch(prompt, branch, (branch >= 0).sum(-1) - 1, prompts, responses)
+    return Batch(prompt, branch, (branch >= 0).sum(-1) - 1, responses)
 
 def forward(model, cache, prompt_mask, tokens, branch_mask):
-    """The model's output for tokens (rows, T), padding included. They see the prompt where its
-    mask (rows, P) allows, and of the rest what the branches' mask (T, T′) allows, no padding."""
+    """The model's output for tokens (rows, T), which see what masks (rows, P), (T, T′) allow."""
     rows, T = tokens.shape
     seen = torch.cat([prompt_mask[:, None].expand(-1, T, -1), branch_mask.expand(rows, -1, -1)], -1)
     # Eager attention adds the mask to its scores; the least bf16 is finite in fp32, too.
@@ -484,24 +496,20 @@ def score_reward(reward_model, batch: Batch) -> Tensor:
     return score.gather(-1, batch.length[..., None])[..., 0]
 
 class Columns(transformers.StaticLayer):
-    """A layer's keys and values in tensors that stay where they are, (B, heads, P + n·R, d): first
-    the prompt's, then those of the branches."""
+    """Keys and values, the prompt's first, in tensors that never move: (B, heads, P + n·R, d)."""
     shown = 0  # columns that are returned
 
     def update(self, keys, values, *args, **kwargs):
-        """Writes columns (autocast leaves some keys in fp32). Returns those filled so far; a card
-        gets all after the prompt, as a graph needs fixed shapes."""
+        """Writes columns; returns the filled ones, on a card all: its graph needs fixed shapes."""
         self.shown += self.max_cache_len if self.shown and not keys.is_cpu else keys.shape[2]
         return [x[:, :, : self.shown] for x in super().update(keys.to(values.dtype), values)]
 
 def repeatable(work):
-    """Does a card's work, which changes tensors in place, and returns a function that repeats it:
-    all kernels in one launch, unless some make the host wait, as those of mixtures of experts."""
+    """Does a card's work; returns its repeat, in one launch unless a kernel makes the host wait."""
     with warnings.catch_warnings(record=True, action="always") as told:
         torch.cuda.set_sync_debug_mode("warn")
         work()  # kernels are chosen, and autocast casts the weights, before the graph is recorded
         torch.cuda.set_sync_debug_mode("default")
-
     if any("called a synchronizing" in str(warning.message) for warning in told):
         return work
     graph = torch.cuda.CUDAGraph()
@@ -514,8 +522,7 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
            generator=None) -> tuple[list, Tensor]:
     """n responses to each prompt from softmax(logits / temperature), nothing truncated: ids (B, n),
     with an end (eos_id, or one of several) unless cut, and log q′ (B, n), nats in fp32. Each token
-    is where a uniform number falls in the softmax's running sum. With a list of generators, one to
-    each prompt, a prompt's samples do not depend on the others."""
+    is where a uniform number falls in the running sum. Of listed generators each has a prompt."""
     generators = generator if isinstance(generator, list) else [generator] * len(prompts)
     uniform = torch.stack([torch.rand(n, max_new_tokens, generator=g, dtype=torch.float64)
                            for g in generators]).to(model.device)  # (B, n, R)
@@ -548,11 +555,10 @@ def sample(model, prompts, n: int, max_new_tokens: int, *, eos_id, temperature: 
         draw_again()
         if i % 8 == 7 and not alive.any():  # to ask is to wait for a card
             break
-
     return [[*map(partial(until_end, ends=ends), ys)] for ys in tokens.tolist()], log_q[..., 0]
 
 def exact_head(head, hidden):
-    """A head computes in fp32 (TF32 in stage 3), as bf16 logits cost 0.2 nats over 53 tokens."""
+    """A head computes in fp32 (TF32 from stage 3), as bf16 logits cost 0.2 nats over 53 tokens."""
     with torch.autocast(hidden.device.type, enabled=False):
         return head(hidden.float())
 
@@ -563,28 +569,25 @@ def freeze(model, dtype):
             module.to(dtype)
     return model.requires_grad_(False)
 
-def refuse_other_forms(name):
-    """Stop for adapters and quantised models: written again, they are not what was trained."""
-    quantised = "it is quantised: dequantise it, and save it in bf16 or fp32"
-    files = [*Path(name).glob("*.gguf"), *Path(name).glob("quant*_config.json")]
-    refuse_if(files or name.endswith(".gguf"), quantised)
-    refuse_if(transformers.utils.has_file(name, "adapter_config.json"),
-              "it is an adapter: merge it into its base model (peft: merge_and_unload)")
-    config, _ = transformers.PreTrainedConfig.get_config_dict(name)
-    for part in (config, config.get("text_config") or {}):
-        refuse_if(part.get("quantization_config") or part.get("compression_config"), quantised)
-
 def load(run, kind, name, **new_head):
     """A model of a kind and its tokenizer, or Stop; with num_labels=1 its head is a new one."""
     torch.manual_seed(run.cfg.seed)  # decides the new head
     with explain(f"{name}, a folder or a name on the hub, cannot be used"):
-        refuse_other_forms(name)
+        quantised = "it is quantised: dequantise it, and save it in bf16 or fp32"
+        files = [*Path(name).glob("*.gguf"), *Path(name).glob("quant*_config.json")]
+        refuse_if(files or name.endswith(".gguf"), quantised)
+        refuse_if(transformers.utils.has_file(name, "adapter_config.json"),
+                  "it is an adapter: merge it into its base model (peft: merge_and_unload)")
+        config, _ = transformers.PreTrainedConfig.get_config_dict(name)
+        for part in (config, config.get("text_config") or {}):
+            refuse_if(part.get("quantization_config") or part.get("compression_config"), quantised)
+
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = kind.from_pretrained(name, trust_remote_code=False, dtype=torch.float32,
                                            output_loading_info=True, **new_head)
-        stray = sorted(info["missing_keys"] | info["unexpected_keys"])[:1]
-        refuse_if(stray and not new_head, f"{stray} is missing or stray: another kind of model?")
-        return ready(run, copy.deepcopy(model), tokenizer), tokenizer  # aligned: sums depend on it
+        stray = sorted(info["missing_keys"] | info["unexpected_keys"])
+        refuse_if(stray and not new_head, f"not this kind of model: it lacks, or adds, {stray}")
+        return ready(run, copy.deepcopy(model), tokenizer), tokenizer  # copy: aligned, same sums
 
 def ready(run, model, tokenizer):
     """The model frozen, dropout off, its head in fp32, checked on its device, or Stop."""
@@ -605,7 +608,7 @@ def ready(run, model, tokenizer):
     return model
 
 def check_model(cfg, model):
-    """The start check: 8 scores and the run's n samples of a prompt against plain rows, or Stop."""
+    """The start check: scores of two prompts' branches against those of plain rows, or Stop."""
     P, text = cfg.max_prompt_tokens, model.config.get_text_config()
     R = max(cfg.max_response_tokens, 0 if model.can_generate() else cfg.max_comparison_tokens)
     context = getattr(text, "max_position_embeddings", None) or P + R
@@ -616,19 +619,14 @@ def check_model(cfg, model):
         prompts = [ids[0][:P], ids[0][: P // 8 + 1]]
         responses = [[y[: R - i % R] for i, y in enumerate(ids[1:])]] * 2
         score = sequence_log_prob if model.can_generate() else score_reward
-        found = [(responses, score(model, pack(prompts, responses, model.device)))]
-        if model.can_generate():
-            found.append(sample(model, prompts, max(cfg.samples_per_prompt, cfg.eval_samples), R,
-                                eos_id=-1, generator=make_generator("check")))
-
-        for (ys, values), b, i in itertools.product(found, (0, 1), (0, -1)):
-            x, y = prompts[b], ys[b][i]
+        found = score(model, pack(prompts, responses, model.device))
+        for b, i in itertools.product((0, 1), (0, -1)):
+            x, y = prompts[b], responses[b][i]
             plain = model(torch.tensor([x + y], device=model.device)).logits[0].float()
-            if model.can_generate():  # a reward is at the last token, as there is no padding
+            if model.can_generate():  # else it is the reward, at the last token of no padding
                 plain = plain[len(x) - 1 : -1].log_softmax(-1)[range(len(y)), y]
-            torch.testing.assert_close(values[b, i], plain.sum(), atol=1e-3, rtol=1e-6)  # seen 1e-4
+            torch.testing.assert_close(found[b, i], plain.sum(), atol=1e-3, rtol=1e-6)  # seen 1e-4
 
-# ---- Rewards: by a model that reads the prior's tokens, or by the function of FILE.py ------------
 @contextlib.contextmanager
 def users_code(path):
     """Runs the code of FILE.py: what it does to torch's defaults ends with it."""
@@ -663,21 +661,19 @@ def load_reward(run, source, prior):
         return partial(judge_texts, path, reward, run)
 
     model, own = load(run, AutoModelForSequenceClassification, source)
-    way, ours = ((t.get_vocab(), t.eos_token, t(TURN).input_ids) for t in (own, run.tokenizer))
+    its, ours = ((t.get_vocab(), t.eos_token, t(TURN).input_ids) for t in (own, run.tokenizer))
     V, known = (m.get_input_embeddings().num_embeddings for m in (prior, model))
-    refuse_if(way != ours or V > known or not hasattr(model, "score"),
+    refuse_if(its != ours or V > known or not hasattr(model, "score"),
               f"{source} does not read the prior's tokens: ask it in a FILE.py (see README)")
     return partial(score_reward, freeze(model, run.dtype))
 
 # ---- A run: its folder, its one state file, its guards ------------------------------------------
-FREE = dict.fromkeys(["data_dir", "save_every", "micro_batch_tokens", "out"])  # in a resume
-
 class Run:
-    """What the stages share, and the folder, which one process holds. As each draw has its own key,
-    a killed run needs no more than its stage, step, weights and optimizer to continue."""
+    """What the stages share. Draws have keys: a killed run needs but state.pt and the exports."""
+    free = dict.fromkeys(["data_dir", "save_every", "micro_batch_tokens", "out"])  # may change
     progress = "start"  # later stage and step, for messages
     tokenizer = ends = reward = None  # see prepare
-    lock = contextlib.nullcontext()  # see claim
+    lock = contextlib.nullcontext()  # on a file system without locks
 
     def __init__(self, cfg):
         cuda = torch.cuda.is_available() and cfg.device != "cpu"
@@ -689,44 +685,25 @@ class Run:
         self.autocast = partial(torch.autocast, self.device, torch.bfloat16, enabled=cuda)
         self.cfg, self.out = replace(cfg, device=self.device), Path(cfg.out).absolute()
         first = "sft" if not cfg.prior else "brain" if cfg.reward else "reward"
-        self.state = dict(stage=first, step=0, metrics="", config=asdict(self.cfg) | FREE,
+        self.state = dict(stage=first, step=0, metrics="", config=asdict(self.cfg) | self.free,
                           threads=torch.get_num_threads())  # what state.pt holds
-        with explain(f"--out {self.out}"):
-            self.claim()
-        print(f"{self.device}: {self.out}, stage {self.state['stage']}, step {self.state['step']}")
 
-    def claim(self):
-        """Lock the folder for this process, and read the state that it holds, or Stop."""
-        refuse_if(not str(self.out).isprintable(), "its path is no plain text")
-        os.makedirs(self.out, exist_ok=True)
-        found = {*os.listdir(self.out)} - {"lock", "state.pt.part"}  # may be there before a state
-        refuse_if(found and "state.pt" not in found, "it holds no run: remove it, or give another")
-        refuse_if(not os.access(self.out, os.W_OK), "it cannot be written")
-        try:
-            self.lock = filelock.FileLock(self.out / "lock").acquire(blocking=False)
-        except OSError as error:  # a Timeout, or one of some network drives
-            refuse_if(isinstance(error, filelock.Timeout), "another process runs there")
-            print("warning: --out is on a file system without locks: start no second run there")
-
-        if found:
-            with explain("its run cannot be continued: remove it, or give another"):
+        with explain(f"--out {self.out} cannot be used (give another, or remove it)"):
+            os.makedirs(str(self.out).encode(), exist_ok=True)  # fails if it is no text
+            found = {*os.listdir(self.out)} - {"lock", "state.pt.part"}  # may precede a state
+            refuse_if(found and "state.pt" not in found, "it holds no run")
+            refuse_if(not os.access(self.out, os.W_OK), "it is write-protected")
+            try:
+                self.lock = filelock.FileLock(self.out / "lock").acquire(blocking=False)
+            except OSError as error:  # a Timeout, or one of some network drives
+                refuse_if(isinstance(error, filelock.Timeout), "another process runs there")
+                print("warning: --out is on a file system without locks: start no second run there")
+            if found:
                 self.state = torch.load(self.out / "state.pt", "cpu", weights_only=True)
-                old, new = self.state["config"].items(), (asdict(self.cfg) | FREE).items()
-                refuse_if(old != new, f"was {dict(old - new)}, is {dict(new - old)}")
+                old, new = self.state["config"].items(), (asdict(self.cfg) | self.free).items()
+                refuse_if(old != new, f"its run was {dict(old - new)}, is {dict(new - old)}")
                 torch.set_num_threads(self.state["threads"])  # sums depend on it
-
-    def begin(self, parameters):
-        """The folder is this configuration's from here on: models and data are found good."""
-        free = f"{shutil.disk_usage(self.out).free / 1e9:.3g} GB of disk"
-        if self.device == "cuda":
-            free += f" and {torch.cuda.mem_get_info()[0] / 1e9:.3g} GB of memory"
-        print(f"needed: {36e-9 * parameters:.2g} GB of disk, {24e-9 * parameters:.2g} GB of memory "
-              f"and what --micro_batch_tokens adds; free: {free}")
-        with explain(f"--out {self.out} cannot be written", Guard):
-            if not (self.out / "state.pt").exists():  # from here on, whenever a kill may come
-                self.save()
-            (self.out / "metrics.jsonl").write_text(self.state["metrics"])
-            (self.out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
+        print(f"{self.device}: {self.out}, stage {self.state['stage']}, step {self.state['step']}")
 
     def save(self, **parts):
         """Replace state.pt in one move: the run's state, with these parts of it."""
@@ -751,29 +728,20 @@ class Run:
             shutil.rmtree(self.out / name, ignore_errors=True)
             os.replace(part, self.out / name)
 
-    def require(self, fine, what, batch):
-        """Stop the run if a number is not fine (b, m), and name its prompt."""
-        if not fine.all():
-            worst = str(batch.examples[fine.all(-1).int().argmin()].prompt)[-60:]
-            raise Guard(f"{self.progress}: {what}; prompt …{worst!r}")
-
 # ---- Training: one driver of gradients for texts (stages 1 and 2) and for samples (stage 3) -----
-SHOWN = ("loss", "accuracy", "reward", "kl_to_prior", "ess_alpha")  # metrics on the screen
-
 def make_generator(*key):
-    """A generator that its key decides: (seed, stage, …)."""
+    """A generator that its key decides, as (seed, stage, …)."""
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
 
 def take(examples, first, count, *key):
-    """The first-th example and those after it, `count` in all, shuffled anew in each epoch."""
+    """`count` examples, from place `first` of an endless stream, shuffled anew in each epoch."""
     N = len(examples)
     epochs = range(first // N, (first + count) // N + 1)
     order = torch.cat([torch.randperm(N, generator=make_generator(*key, i)) for i in epochs])
     return [examples[i] for i in order[first % N :][:count]]
 
 def split_batches(run, rows):
-    """Micro-batches of rows, each an example, n responses (ids) and, if they are sampled, log q′ of
-    each, (n,). Sorted by the prompts' lengths; a response token counts 1 + V/2¹⁶, for V logits."""
+    """Micro-batches of rows: an example, n responses (ids), and log q′ (n,) of sampled ones."""
     prompts = [encode_prompt(run.tokenizer, row[0].prompt) for row in rows]
     longest = max(len(y) for row in rows for y in row[1])
     lengths = torch.tensor([*map(len, prompts)])
@@ -789,22 +757,21 @@ def split_batches(run, rows):
 def log_prob(run, model, batch):
     """log q(y|x) of each response, (b, n), computed in one way for scores, loss and report."""
     with run.autocast():
-        found = sequence_log_prob(model, batch, run.cfg.temperature)
-    run.require(found.isfinite(), "a log-probability is not finite", batch)
-    return found
+        return sequence_log_prob(model, batch, run.cfg.temperature)
 
 def judge(run, batch):
-    """The one reward of each response, (b, n), and its figures."""
+    """Sets batch.reward (b, n), the penalty taken off, and batch.figures, what is reported."""
     with run.autocast():
         raw = run.reward(batch)
-    run.require(raw.isfinite(), "a reward is not finite", batch)
-    ended = torch.isin(batch.branch[..., 1:], torch.tensor(run.ends, device=run.device)).any(-1)
+    if not raw.isfinite().all():
+        raise Guard(f"{run.progress}: a reward is not finite")
+    ended = torch.isin(batch.branch[..., 1:], batch.branch.new_tensor(run.ends)).any(-1)
     batch.reward = raw - run.cfg.missing_eos_penalty * ~ended
     batch.figures = dict(reward=batch.reward, raw_reward=raw, eos_share=ended,
                          response_tokens=batch.length)
 
 def sample_rollouts(run, proposal, examples, n, *key):
-    """3.1 Sample n responses to each example, with a generator each, of this key: as rows."""
+    """3.1 Sample n responses to each example, which has a generator of its own key; as rows."""
     cfg, rows = run.cfg, []
     size = 8 * cfg.micro_batch_tokens // (cfg.max_prompt_tokens + n * cfg.max_response_tokens) or 1
     for first in range(0, len(examples), size):  # more than in training: it keeps no activations
@@ -817,19 +784,17 @@ def sample_rollouts(run, proposal, examples, n, *key):
         rows += zip(part, *drawn, strict=True)
     return rows
 
+@torch.no_grad()
 def score_rollouts(run, prior, proposal, rows, step_size):
-    """3.2 Score the samples, in the micro-batches and the autocast of 3.3, a list for each step:
-    rewards, log p and log q′, so that log q_θ − log q′ begins at exactly 0. Stop, if log q′ is not
-    the sampler's own, up to rounding. Answers that were not sampled have no log q′."""
+    """3.2 Score samples, for each step in its micro-batches, so log q_θ − log q′ begins at 0."""
     steps = [split_batches(run, rows[i : i + step_size]) for i in range(0, len(rows), step_size)]
     for batch in itertools.chain(*steps):
         judge(run, batch)
-        with torch.no_grad():
-            batch.log_prior = log_prob(run, prior, batch) if prior else None
-            if batch.log_sampled is None:  # given answers, or all of Y
-                continue
-            batch.log_proposal = log_prob(run, proposal, batch)
-        batch.figures["kl_to_prior"] = batch.log_proposal - batch.log_prior  # of who sampled
+        batch.log_prior = log_prob(run, prior, batch) if prior else None
+        if batch.log_sampled is None:  # given answers, or all of Y, have no proposal
+            continue
+        batch.log_proposal = log_prob(run, proposal, batch)
+        batch.figures["kl_to_prior"] = batch.log_proposal - batch.log_prior  # q′'s; 3.3 puts q_θ's
 
         gap, length = batch.log_sampled - batch.log_proposal, batch.length  # (b, n)
         same = gap.abs() <= 2e-3 / 53 * length.clamp(min=53)  # measured: 1.8e-4 nats in 53 tokens
@@ -837,7 +802,8 @@ def score_rollouts(run, prior, proposal, rows, step_size):
             unbiased = gap.sum().abs() / length.sum() <= 0.01 + 0.1 / length.sum().sqrt()
             small = (gap.square() / length).mean() <= 0.15**2  # measured: 0.012² on an H200
             same = unbiased & small  # of the batch
-        run.require(same, f"scored is not sampled, by up to {gap.abs().max():.2g} nats", batch)
+        if not same.all():
+            raise Guard(f"{run.progress}: scored is not sampled, by {gap.abs().max():.2g} nats")
     return steps
 
 def sft_loss(run, model, batch):
@@ -855,34 +821,31 @@ def policy_loss(run, policy, batch):
     loss, (alpha, beta) = brain_loss(
         log_policy, batch.log_prior, batch.log_proposal, batch.reward, cfg.kl_coef,
         target=cfg.target, baseline=cfg.baseline, divergence=cfg.divergence)
-    moved = batch.figures["kl_to_prior"]  # log q′/p: rounding alone before the first step
     return loss, batch.figures | {
         "ess_alpha": effective_sample_size(alpha), "ess_beta": effective_sample_size(beta),
         "reward_spread": batch.reward.std(-1) / cfg.kl_coef,
-        "kl_to_prior": (beta * (log_policy.detach() - batch.log_prior)).sum(-1),  # β̂: policy's
-        "refresh_kl": moved, "refresh_kl_sd": moved.std(-1)}
+        "kl_to_prior": (beta * (log_policy.detach() - batch.log_prior)).sum(-1),  # q_θ's, by SNIS
+        "refresh_kl_sd": batch.figures["kl_to_prior"].std(-1)}  # log q′/p: rounding, at first
 
 def accumulate_gradient(run, model, batches, loss_of):
     """Add up the gradient, if there is one, of the mean loss; returns means of loss and metrics."""
     found, total = [], sum(len(batch.examples) for batch in batches)
     for batch in batches:
         with run.autocast():
-            loss, metrics = loss_of(run, model, batch)  # (b,), of prompts; some (b, n)
-        run.require(loss.isfinite()[:, None], "the loss is not finite", batch)
+            loss, metrics = loss_of(run, model, batch)  # (b,) or (b, n), meaned over all
         if loss.requires_grad:
             (loss.sum() / total).backward()
         found.append({"loss": loss.detach(), **metrics})
     return {key: torch.cat([one[key] for one in found]).double().mean().item() for key in found[0]}
 
 class Stage:
-    """A stage of training: its optimizer, and where the last state says that it continues. A line
-    is shown every `period` steps, and a state is saved every --save_every, in whole periods."""
+    """A stage of training, from where the last state left it; once a period it shows a line."""
 
     def __init__(self, run, name, model, steps, lr, period):
         self.run, self.name, self.model = run, name, model.requires_grad_()
         self.steps, self.lr, self.period = steps, lr, period
         self.optimizer = torch.optim.Adam(model.parameters(), eps=1e-5)
-        self.start = run.state.pop("step", 0)  # the first stage of this process is the state's
+        self.start = run.state.pop("step", 0)  # the state's, for this process's first stage, else 0
         if self.start:
             model.load_state_dict(run.state.pop("model"))  # its memory is free again
             self.optimizer.load_state_dict(run.state.pop("optimizer"))
@@ -898,8 +861,8 @@ class Stage:
         """3.4 Step: Adam at a rate that falls linearly to 0. When due, shows a sample and saves."""
         run, period, done = self.run, self.period, self.step + 1
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), run.cfg.max_grad_norm)
-        if not norm.isfinite():
-            raise Guard(f"{run.progress}: the gradient is not finite; the last state is kept")
+        if not math.isfinite(metrics["loss"] + norm):
+            raise Guard(f"{run.progress}: loss or gradient is not finite; the last state is kept")
         self.optimizer.param_groups[0]["lr"] = rate = self.lr * (1 - self.step / self.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -908,11 +871,11 @@ class Stage:
         self.log(step=self.step, **metrics, gradient_norm=norm.item(), learning_rate=rate,
                  seconds_stage=spent, peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9)
         if self.step % period == 0:
-            left = spent / (done - self.start) * (self.steps - done) / 60
-            figures = [f"{key} {metrics[key]:.3g}" for key in SHOWN if key in metrics]
-            x, y = run.tokenizer.batch_decode([shown.prompts[0], shown.responses[0][0]])
-            tqdm.write(f"{run.progress} of {self.steps}: {', '.join(figures)}; {spent:.0f} s, "
-                       f"{left:.0f} min left; …{x[-40:]!r} → {y[:100]!r}")
+            told = ("loss", "accuracy", "reward", "kl_to_prior", "ess_alpha")
+            figures = [f"{key} {metrics[key]:.3g}" for key in told if key in metrics]
+            x, y = str(shown.examples[0].prompt), run.tokenizer.decode(shown.responses[0][0])
+            tqdm.write(f"{run.progress} of {self.steps}: {', '.join(figures)}; {spent:.0f} s; "
+                       f"…{x[-40:]!r} → {y[:100]!r}")
         if done == self.steps or done / period % math.ceil(run.cfg.save_every / period) == 0:
             run.save(stage=self.name, step=done, model=self.model.state_dict(),
                      optimizer=self.optimizer.state_dict())
@@ -926,7 +889,8 @@ class Stage:
 
 def encode_answers(run, examples, columns, limit):
     """The examples that have answers in all of these columns, each with the answers' ids."""
-    found, n = [x for x in examples if None not in map(partial(getattr, x), columns)], len(columns)
+    n = len(columns)
+    found = [x for x in examples if None not in map(partial(getattr, x), columns)]
     ids = [encode_response(run.tokenizer, example.prompt, getattr(example, column), run.ends, limit)
            for example in found for column in columns]
     if cut := sum(y[-1] not in run.ends for y in ids):
@@ -935,71 +899,63 @@ def encode_answers(run, examples, columns, limit):
 
 def train_on_texts(run, name, model, loss_of, splits, columns, limit, size, epochs, lr):
     """Stage 1 or 2: a loss of given answers, and in the end its figures on held-out ones."""
-    train, test = (encode_answers(run, examples, columns, limit) for examples in splits)
+    train, held_out = (encode_answers(run, examples, columns, limit) for examples in splits)
     stage = Stage(run, name, model, math.ceil(epochs * len(train) / size), lr, run.cfg.save_every)
     for step in stage:
         batches = split_batches(run, take(train, step * size, size, run.cfg.seed, name))
         stage.update(accumulate_gradient(run, model, batches, loss_of), batches[0])
     model.requires_grad_(False)
-    if test:
-        held_out = split_batches(run, test[: run.cfg.eval_prompts])
-        stage.log(held_out=accumulate_gradient(run, model, held_out, loss_of))
+    if held_out:
+        stage.log(held_out=accumulate_gradient(run, model, split_batches(run, held_out), loss_of))
 
-def train_policy(run, prior, policy, examples, listed):
-    """Stage 3. Samples of q′, the policy at a refresh or the prior, serve up to the next one."""
+def train_policy(run, prior, policy, examples):
+    """Stage 3. At each refresh q′, the policy of then or the prior, samples for `refresh` steps."""
     cfg, size, n = run.cfg, run.cfg.prompts_per_step, run.cfg.samples_per_prompt
     refresh = cfg.prompts_per_refresh // size  # steps from one to the next
     proposal = policy if cfg.proposal == "lagged" else prior  # no copy: log q′ is kept, not q′
 
     stage = Stage(run, "brain", policy, cfg.steps, cfg.lr, refresh)
     for step in stage:
-        if step % refresh == 0:
+        if step % refresh == 0:  # a resume begins with one
             drawn = take(examples, step * size, refresh * size, cfg.seed, "brain")
             rows = sample_rollouts(run, proposal, drawn, n, "brain", step)  # 3.1 sample
             rollouts = score_rollouts(run, prior, proposal, rows, size)  # 3.2 score
         batches = rollouts[step % refresh]
-        metrics = accumulate_gradient(run, policy, batches, policy_loss)  # 3.3 weigh
-        if listed and step % max(1, cfg.steps // 5) == 0:
-            metrics["kl_to_posterior"] = exact_kl(run, policy, listed)
-        # 3.4 step
-        stage.update(metrics, batches[0])
+        metrics = accumulate_gradient(run, policy, batches, policy_loss)  # 3.3 weigh, and backward
+        stage.update(metrics, batches[0])  # 3.4 step
 
-# ---- Evaluation and report ----------------------------------------------------------------------
+# ---- Evaluation, and the stages from data to report ---------------------------------------------
 def mean_se(values):
     """Mean and standard error, over prompts, of a figure of each response (B, m)."""
     means = values.double().mean(-1)  # (B,)
-    return means.mean().item(), means.std().item() / math.sqrt(len(means))
-
-def enumerate_posterior(run, prior, examples):
-    """Toy's batches of all of Y, the space of responses, with their rewards and log p, (b, |Y|)."""
-    R, V = run.cfg.max_response_tokens, prior.get_input_embeddings().num_embeddings
-    if run.cfg.task != "toy" or V**R > 50_000:
-        return []
-    space = sorted({until_end(y, run.ends) for y in itertools.product(range(V), repeat=R)})
-    rows = [(example, [*map(list, space)]) for example in examples]
-    return score_rollouts(run, prior, None, rows, len(rows))[0]
+    return means.mean().item(), means.std().item() / len(means) ** 0.5
 
 @torch.no_grad()
-def exact_kl(run, model, listed):
-    """KL(posterior ‖ model), over all of Y, mean over the prompts; of toy alone."""
+def exact_kl(run, prior, policy, examples):
+    """Toy's exact KL of the posterior to the prior (start) and the policy (end), over all of Y."""
+    R, V = run.cfg.max_response_tokens, prior.get_input_embeddings().num_embeddings
+    if run.cfg.task != "toy" or V**R > 50_000:
+        return {}
+    space = {until_end(y, run.ends) for y in itertools.product(range(V), repeat=R)}
+    rows = [(example, sorted(map(list, space))) for example in examples]
     kls = []
-    for batch in listed:
-        log_q = log_prob(run, model, batch)  # (b, |Y|)
+    for batch in score_rollouts(run, prior, None, rows, len(rows))[0]:
+        log_q = torch.stack([batch.log_prior, log_prob(run, policy, batch)])  # (2, b, |Y|)
         log_posterior = (batch.log_prior + batch.reward / run.cfg.kl_coef).log_softmax(-1)
-        run.require(log_q.logsumexp(-1, True).abs() < 1e-4, "Y does not sum to 1", batch)
-        kls += (log_posterior.exp() * (log_posterior - log_q)).sum(-1).tolist()
-    return sum(kls) / len(kls)
+        kls.append((log_posterior.exp() * (log_posterior - log_q)).sum(-1))  # (2, b)
+    start, end = torch.cat(kls, -1).mean(-1).tolist()
+    return dict(kl_to_posterior_start=start, kl_to_posterior_end=end)
 
 def evaluate(run, models, examples):
     """Stage 4: figures, (mean, standard error), of each author, and the rows of samples.jsonl."""
-    cfg, B, figures, samples, rewards, known = run.cfg, len(examples), {}, [], {}, {}
+    cfg, B, known = run.cfg, len(examples), {}  # known: the reward of each response so far
+    figures, samples, rewards = {}, [], {}
     limit = max(cfg.max_response_tokens, cfg.max_comparison_tokens)
     for author, model in [*models.items(), ("reference", None)]:
         rows = (sample_rollouts(run, model, examples, cfg.eval_samples, "eval", author) if model
                 else encode_answers(run, examples, ["reference"], limit))
         if len(rows) < B:  # not all have a reference
             continue
-
         batches, = score_rollouts(run, models["prior"] if model else None, model, rows, B)
         for batch in batches:
             scored = zip(batch.examples, batch.responses, batch.reward.tolist(), strict=True)
@@ -1019,54 +975,19 @@ def evaluate(run, models, examples):
 
 def report(run, result, figures, samples):
     """report.md, samples.jsonl and result.json; report and result are printed, too."""
-    usual = asdict(Config()) | TASKS[run.cfg.task].preset
-    flags = dict(sorted(run.state["config"].items() - (usual | FREE).items()))
+    usual = asdict(Config(device=run.device)) | TASKS[run.cfg.task].preset
+    flags = dict(sorted(run.state["config"].items() - (usual | run.free).items()))
     lines = [f"# BRAIn on {run.cfg.task}\n", f"Flags beside the task's own: `{flags}`\n",
              "Means over held-out prompts ± standard errors; samples.jsonl has the samples:\n",
              f"| | {' | '.join(figures)} |", "|---" * (1 + len(figures)) + "|"]
     for key in figures["policy"]:  # which has all
         row = [f"{x[key][0]:.3f} ± {x[key][1]:.3f}" if key in x else "" for x in figures.values()]
         lines.append(f"| {key} | {' | '.join(row)} |")
-
-    (run.out / "report.md").write_text("\n".join([*lines, ""]), "utf-8")
+    (run.out / "report.md").write_text("\n".join(lines) + "\n", "utf-8")
     (run.out / "samples.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in samples))
     (run.out / "result.json").write_text(json.dumps(result | {"config": asdict(run.cfg)}))
-    print(*lines, f"{run.out} has report.md, samples.jsonl, result.json, metrics.jsonl and policy/",
-          json.dumps(result), sep="\n")
+    print(*lines, json.dumps(result), sep="\n")
 
-# ---- Derivation checks: brain_loss and autograd on one side, the equations on the other ---------
-Check = namedtuple("Check", "name claim error tolerance ok")  # error: largest absolute difference
-
-def derivation_checks() -> list[Check]:
-    """The loss has the gradient of the equations, which are of exp, log and sums; in float64."""
-    drawn = torch.randn(4, 3, 5, dtype=torch.float64, generator=make_generator("checks"))
-    (q, p, q1, r), kl_coef, n = drawn, 0.7, 5
-    q2, p2, _, r2 = drawn[..., :2]  # two samples of the prior, for DPO
-    ratio, w = (q - q1).exp(), r - kl_coef * (q - p)  # exp(ρ) = q_θ/q′; PPO's reward with its KL
-    alpha = F.normalize((p + r / kl_coef - q1).exp(), 1, -1)  # divided by the sum over n
-    beta = F.normalize(ratio, 1, -1)
-    sign = (r2 - r2.flip(-1)).sign()  # +1 chosen, −1 rejected
-    margin = (sign * (q2 - p2)).sum(-1, keepdim=True)  # Δ log(q_θ/p)
-    claims = [
-        ("baseline", "none", "−Σ α̂ ∇log q_θ: DPG", -alpha),
-        ("baseline", "unnormalized", "−Σ (α̂ − exp(ρ)/n) ∇log q_θ: GDC++", ratio / n - alpha),
-        ("baseline", "self_normalized", "−Σ (α̂ − β̂) ∇log q_θ: BRAIn", beta - alpha),
-        ("target", "argmax", "that of −log σ(Δ log(q_θ/p)): DPO-sft's", -sign / (1 + margin.exp())),
-        ("divergence", "reverse", "−Σ β̂ (w − Σ β̂w) ∇log q_θ / kl_coef: PPO's, on-policy RLOO's",
-         -beta * (w - (beta * w).sum(-1, keepdim=True)) / kl_coef),
-        ("divergence", "log_variance", "−Σ (w − w̄)/(n − 1) ∇log q_θ / kl_coef: RLOO's",
-         (w.mean(-1, keepdim=True) - w) / (n - 1) / kl_coef)]
-
-    checks = []
-    for dial, name, claim, gradient in claims:
-        log_policy, *given = (q2, p2, p2, r2) if dial == "target" else (q, p, q1, r)
-        loss, _ = brain_loss(log_policy.requires_grad_(), *given, kl_coef, **{dial: name})
-        found, = torch.autograd.grad(loss.sum(), log_policy)
-        error = (found - gradient).abs().max().item()
-        checks.append(Check(name, claim, error, 1e-12, error <= 1e-12))
-    return checks
-
-# ---- The stages, from data to report ------------------------------------------------------------
 def toy_model(run):
     """A GPT-NeoX that knows nothing yet, and a tokenizer of 10 words."""
     torch.manual_seed(run.cfg.seed)
@@ -1079,7 +1000,7 @@ def toy_model(run):
     return ready(run, AutoModelForCausalLM.from_config(shape), tokenizer), tokenizer
 
 def prepare(run):
-    """Prior and data, all read and found good before anything is written to the run's folder."""
+    """Prior and data, all read and found good before the run's folder has a state."""
     cfg, stage = run.cfg, run.state["stage"]
     source = cfg.prior or (cfg.base if stage == "sft" else f"{run.out}/prior")
     prior, run.tokenizer = load(run, AutoModelForCausalLM, source) if source else toy_model(run)
@@ -1096,48 +1017,54 @@ def prepare(run):
         refuse_if(not getattr(cfg, flag) and all(getattr(row, column) is None for row in train),
                   f"train has no row with a {column} text; add some, or give --{flag}")
     check_texts(run.tokenizer, train[:16] + test[:16])
-    if run.reward:
-        with explain("the reward was tried on two responses, 'a' and 'a'"):
-            judge(run, *split_batches(run, [(train[0], [run.tokenizer("a").input_ids] * 2)]))
-    run.begin(prior.num_parameters())
-    print(cfg)
+    with explain("a rehearsal of 3.1 and 3.2, with two prompts"):  # or it fails after hours
+        rows = sample_rollouts(run, prior, train[:2], cfg.samples_per_prompt, "rehearsal")
+        if run.reward:
+            score_rollouts(run, prior, prior, rows, 2)
+
+    size = prior.num_parameters()
+    left = f"{shutil.disk_usage(run.out).free / 1e9:.3g} GB of disk"
+    if run.device == "cuda":
+        left += f" and {torch.cuda.mem_get_info()[0] / 1e9:.3g} GB of memory"
+    print(f"{cfg}\nneeded: {36e-9 * size:.2g} GB of disk, {24e-9 * size:.2g} GB of memory and what "
+          f"--micro_batch_tokens adds; free: {left}")
+    if not (run.out / "state.pt").exists():  # from here on, the folder is this configuration's
+        run.save()
+    (run.out / "metrics.jsonl").write_text(run.state["metrics"])
+    (run.out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
     return prior, train, test
 
 def execute(run):
     """Stages 1 to 4."""
     cfg, began = run.cfg, time.time()
     prior, train, test = prepare(run)
+    held_out = take(test, 0, min(cfg.eval_prompts, len(test)), cfg.seed, "eval")
     if run.state["stage"] == "sft":  # stage 1
-        train_on_texts(run, "sft", prior, sft_loss, (train, test), ("reference",),
+        train_on_texts(run, "sft", prior, sft_loss, (train, held_out), ["reference"],
                        cfg.max_response_tokens, cfg.sft_batch, cfg.sft_epochs, cfg.sft_lr)
         run.export(prior, "prior")
     if not run.reward:  # stage 2
         reward, _ = load(run, AutoModelForSequenceClassification, cfg.prior or f"{run.out}/prior",
                          num_labels=1)
-        train_on_texts(run, "reward", reward, preference_loss, (train, test),
-                       ("chosen", "rejected"), cfg.max_comparison_tokens, cfg.reward_batch,
+        train_on_texts(run, "reward", reward, preference_loss, (train, held_out),
+                       ["chosen", "rejected"], cfg.max_comparison_tokens, cfg.reward_batch,
                        cfg.reward_epochs, cfg.reward_lr)
         run.export(reward, "reward")
         run.reward = partial(score_reward, freeze(reward, run.dtype))
 
     torch.backends.cuda.matmul.allow_tf32 = True  # fp32 heads: 10 bits of mantissa, bf16 has 7
     policy = copy.deepcopy(freeze(prior, run.dtype)).float()  # stage 3: from rounded matrices
-    held_out = take(test, 0, min(cfg.eval_prompts, len(test)), cfg.seed, "eval")
-    listed = enumerate_posterior(run, prior, held_out[:8])
-    train_policy(run, prior, policy, train, listed)
+    train_policy(run, prior, policy, train)
     run.export(policy, "policy")
 
     run.progress = "eval"  # stage 4
     figures, samples = evaluate(run, dict(prior=prior, policy=freeze(policy, run.dtype)), held_out)
-    result = dict(task=cfg.task, steps=cfg.steps, seconds=time.time() - began,  # None: none given
+    result = dict(task=cfg.task, steps=cfg.steps, seconds=time.time() - began,
                   reward_reference=None, win_rate_vs_reference=None, win_rate_vs_reference_se=None)
     result |= {f"reward_{author}": row["reward"][0] for author, row in figures.items()}
     for key, (mean, error) in figures["policy"].items():
         result |= {key: mean, f"{key}_se": error}
-    if listed:
-        result["kl_to_posterior_start"] = exact_kl(run, prior, listed)
-        result["kl_to_posterior_end"] = exact_kl(run, policy, listed)
-    report(run, result, figures, samples)
+    report(run, result | exact_kl(run, prior, policy, held_out[:8]), figures, samples)
 
 def main(argv: list[str] | None = None) -> int:
     """0: done; 1: a failed check, a guard, no memory or no disk; 2: bad input; 130: Ctrl-C."""
