@@ -922,7 +922,8 @@ def train_policy(run, prior, policy, examples):
             rollouts = score_rollouts(run, prior, proposal, rows, size)  # 3.2 score
         batches = rollouts[step % refresh]
         metrics = accumulate_gradient(run, policy, batches, policy_loss)  # 3.3 weigh, and backward
-        stage.update(metrics, batches[0])  # 3.4 step
+        # 3.4 step
+        stage.update(metrics, batches[0])
 
 # ---- Evaluation, and the stages from data to report ---------------------------------------------
 def mean_se(values):
@@ -1021,7 +1022,6 @@ def prepare(run):
         rows = sample_rollouts(run, prior, train[:2], cfg.samples_per_prompt, "rehearsal")
         if run.reward:
             score_rollouts(run, prior, prior, rows, 2)
-
     size = prior.num_parameters()
     left = f"{shutil.disk_usage(run.out).free / 1e9:.3g} GB of disk"
     if run.device == "cuda":
